@@ -1,0 +1,108 @@
+"""The whole method in plain torch: the specification that every fused operator is tested against.
+
+Shapes: N tokens, D = d_in, F = d_sae, K slots, V vocabulary. Weights are ``[F, D]``, both of them.
+
+    encode   c = relu(x W_encᵀ + b_enc)                    encode_relu; encode_topk keeps the k largest
+    decode   x̂ = Σ_j c_j · W_dec[j] / ‖W_dec[j]‖ + b_dec   decoder-normalised; gradients see the normalisation
+    KL       mean_n Σ_v p_t(v) (log p_t(v) - log p_s(v))   p = softmax(h W_Uᵀ + b_U); t teacher, s student
+
+Everything differentiates through autograd, works in float64, and builds every intermediate matrix.
+
+>>> import torch
+>>> h = torch.randn(5, 8)
+>>> linear_kl(h, h, torch.randn(11, 8)).item()
+0.0
+"""
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from e2e_fast.kernels.sparse_code import SparseCode
+
+NORM_EPS = 1e-12
+"""Rows shorter than this are divided by it instead of by their norm, as in ``torch.nn.functional.normalize``."""
+
+
+def encode_relu(x: Tensor, weight: Tensor, bias: Tensor | None = None, capacity: int | None = None) -> SparseCode:
+    """``relu(x @ weight.T + bias)`` as a sparse code, each row's features in ascending order.
+
+    x (N, D), weight (F, D), bias (F,). ``capacity=None`` makes room for the fullest row; a row that needs more slots
+    than an explicit capacity keeps its first ones and reports its true L0 in ``count``.
+    """
+    return SparseCode.from_dense(torch.relu(nnf.linear(x, weight, bias)), capacity)
+
+
+def encode_topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> SparseCode:
+    """relu of the k largest entries of ``x @ weight.T + bias``, descending; equal values: lower index first.
+
+    x (N, D), weight (F, D), bias (F,) → values and indices (N, k). Raises ValueError unless 1 ≤ k ≤ F.
+    """
+    check_k(k, weight.shape[0])
+    z = nnf.linear(x, weight, bias)
+    values, indices = torch.sort(z, dim=-1, descending=True, stable=True)
+    return _relu_code(values[:, :k], indices[:, :k])
+
+
+def decode(code: SparseCode, weight: Tensor, bias: Tensor | None = None, *, normalize: bool = True) -> Tensor:
+    """Weighted sum of dictionary rows: ``(values[..., None] * unit(weight)[indices]).sum(-2) + bias``.
+
+    code.values, code.indices (N, K); weight (F, D), rows need not be unit; returns (N, D). With ``normalize`` the
+    gradient of a row is its tangent projection divided by the row's norm (Braun et al. 2024, App. D).
+    """
+    rows = nnf.normalize(weight, dim=-1, eps=NORM_EPS) if normalize else weight
+    used = code.values > 0
+    values = torch.where(used, code.values, 0)
+    out = (values[..., None] * rows[code.indices.long()]).sum(-2)
+    return out if bias is None else out + bias
+
+
+def autoencode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    *,
+    k: int | None = None,
+    capacity: int | None = None,
+    normalize: bool = True,
+) -> tuple[Tensor, SparseCode]:
+    """A whole SAE: ``decode(encode(x))`` and the code; TopK when ``k`` is given, else ReLU.
+
+    The fused operator differs from the composition only in its backward: one pass over the transposed code yields
+    dW_dec, dW_enc, db_enc and dvalues.
+    """
+    code = encode_relu(x, W_enc, b_enc, capacity) if k is None else encode_topk(x, W_enc, b_enc, k)
+    return decode(code, W_dec, b_dec, normalize=normalize), code
+
+
+def linear_kl(
+    student: Tensor, teacher: Tensor, weight: Tensor, bias: Tensor | None = None, *, softcap: float | None = None
+) -> Tensor:
+    """KL(teacher ‖ student) over the vocabulary in nats, mean over tokens; the gradient goes to ``student`` alone.
+
+    student, teacher (N, D) final hidden states (after the last norm), weight (V, D) unembedding, bias (V,). ``softcap``
+    c replaces the logits z by c·tanh(z / c) (Gemma 2). A teacher logit of -inf is legal (probability 0).
+    """
+    log_t = nnf.log_softmax(_logits(teacher, weight, bias, softcap).detach(), dim=-1)
+    log_s = nnf.log_softmax(_logits(student, weight, bias, softcap), dim=-1)
+    p_t = log_t.exp()
+    terms = torch.where(p_t > 0, p_t * (log_t - log_s), 0)
+    return terms.sum(-1).mean()
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
+    z = nnf.linear(hidden, weight, bias)
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def _relu_code(values: Tensor, indices: Tensor) -> SparseCode:
+    used = values > 0
+    return SparseCode(torch.where(used, values, 0), torch.where(used, indices, 0), used.sum(-1))
+
+
+def check_k(k: int, d_sae: int) -> None:
+    """Raises ValueError unless 1 ≤ k ≤ d_sae."""
+    if not 1 <= k <= d_sae:
+        raise ValueError(f"k must lie in [1, {d_sae}] (the number of features), got {k}")

@@ -1,0 +1,21 @@
+"""Shared fixtures: where ../shared lies, and skipping with a reason where it is missing."""
+
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if SHARED.is_dir():
+        return
+    for item in items:
+        if item.get_closest_marker("shared"):
+            item.add_marker(pytest.mark.skip(reason=f"{SHARED} is missing: this test needs its models and texts"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real models, texts, dictionaries and golden runs."""
+    return SHARED
