@@ -59,22 +59,28 @@ static Graph as_graph(const Array<int64_t>& start, const Array<int32_t>& col, co
   return {start.size() - 1, cols, start.data(), col.data(), value.data()};
 }
 
-/// Unit rows in low precision together with the array that owns them.
-struct OwnedQuantized {
-  Precision precision;
-  int64_t rows, depth;
-  py::array_t<uint8_t> data;
-  py::array_t<float> scale;
-  py::array_t<double> error;
-  Quantized view() const { return {precision, rows, depth, data.data(), scale.data()}; }
-};
-
 static Precision precision_from_name(const std::string& name) {
   if (name == "float32") return Precision::float32;
   if (name == "bfloat16") return Precision::bfloat16;
   if (name == "int8") return Precision::int8;
   throw std::invalid_argument("precision must be 'float32', 'bfloat16' or 'int8', got '" + name + "'");
 }
+
+/// Unit rows in low precision, held by the caller's arrays: data (rows, depth · bytes), scale (rows,).
+struct QuantizedArrays {
+  QuantizedArrays(const std::string& name, Array<uint8_t> bytes, Array<float> scales)
+      : precision(precision_from_name(name)), data(std::move(bytes)), scale(std::move(scales)) {
+    const int64_t size = element_bytes(precision);
+    if (data.ndim() != 2 || data.shape(1) % (4 * size) || scale.size() != data.shape(0))
+      throw std::invalid_argument("data must be (rows, depth · element bytes) with depth a multiple of 4, and scale (rows,)");
+  }
+  Quantized view() const {
+    return {precision, data.shape(0), data.shape(1) / element_bytes(precision), data.data(), scale.data()};
+  }
+  Precision precision;
+  Array<uint8_t> data;
+  Array<float> scale;
+};
 
 template <class Real>
 static py::array_t<double> bind_row_norms(const Array<Real>& x, int threads) {
@@ -86,18 +92,21 @@ static py::array_t<double> bind_row_norms(const Array<Real>& x, int threads) {
 }
 
 template <class Real>
-static OwnedQuantized bind_quantize(const Array<Real>& x, const Array<double>& norm, const std::string& precision,
-                                    int threads) {
+static py::tuple bind_quantize(const Array<Real>& x, const Array<double>& norm, const std::string& precision,
+                               int threads) {
   const int64_t rows = x.shape(0), d = x.shape(1), depth = (d + 3) / 4 * 4;
   const Precision p = precision_from_name(precision);
-  OwnedQuantized q{p, rows, depth, py::array_t<uint8_t>({rows, depth * element_bytes(p)}), py::array_t<float>(rows),
-                   py::array_t<double>(rows)};
-  void* data = q.data.mutable_data();
-  float* scale = q.scale.mutable_data();
-  double* error = q.error.mutable_data();
-  py::gil_scoped_release release;
-  quantize(x.data(), norm.data(), rows, d, p, depth, data, scale, error, threads);
-  return q;
+  py::array_t<uint8_t> data({rows, depth * element_bytes(p)});
+  py::array_t<float> scale(rows);
+  py::array_t<double> error(rows);
+  uint8_t* data_out = data.mutable_data();
+  float* scale_out = scale.mutable_data();
+  double* error_out = error.mutable_data();
+  {
+    py::gil_scoped_release release;
+    quantize(x.data(), norm.data(), rows, d, p, depth, data_out, scale_out, error_out, threads);
+  }
+  return py::make_tuple(data, scale, error);
 }
 
 struct SweepArrays {
@@ -106,7 +115,7 @@ struct SweepArrays {
   std::optional<Array<float>> col_level, price;
   std::optional<Array<int64_t>> limit;
 
-  Sweep view(const OwnedQuantized& a, const OwnedQuantized& b, int64_t block_rows) const {
+  Sweep view(const QuantizedArrays& a, const QuantizedArrays& b, bool absolute, int64_t block_rows) const {
     const auto same = [](const char* name, int64_t size, int64_t expected) {
       if (size != expected)
         throw std::invalid_argument(std::string(name) + " must hold " + std::to_string(expected) + " entries, got " +
@@ -118,15 +127,15 @@ struct SweepArrays {
     if (limit) same("limit", limit->size(), a_index.size());
     return {a.view(), b.view(), a_index.data(), a_index.size(), b_index.data(), b_index.size(), row_level.data(),
             col_level ? col_level->data() : nullptr, price ? price->data() : nullptr, limit ? limit->data() : nullptr,
-            block_rows};
+            absolute, block_rows};
   }
 };
 
 template <class Real>
 static Rows<Real> as_rows(const Array<Real>& a, const Array<double>& a_norm, const Array<Real>& b,
-                          const Array<double>& b_norm) {
+                          const Array<double>& b_norm, bool absolute) {
   if (a.ndim() != 2 || b.ndim() != 2 || a.shape(1) != b.shape(1)) throw std::invalid_argument("a and b must be (n, d) and (m, d)");
-  return {a.data(), b.data(), a_norm.data(), b_norm.data(), a.shape(1)};
+  return {a.data(), b.data(), a_norm.data(), b_norm.data(), a.shape(1), absolute};
 }
 
 template <class Real>
@@ -136,8 +145,8 @@ static void bind_real(py::module_& m) {
   m.def(
       "exact_cosines",
       [](const Array<Real>& a, const Array<double>& a_norm, const Array<Real>& b, const Array<double>& b_norm,
-         const Array<int64_t>& start, const Array<int32_t>& col, int threads) {
-        const auto exact = as_rows(a, a_norm, b, b_norm);
+         const Array<int64_t>& start, const Array<int32_t>& col, bool absolute, int threads) {
+        const auto exact = as_rows(a, a_norm, b, b_norm, absolute);
         py::array_t<double> value(col.size());
         double* out = value.mutable_data();
         py::gil_scoped_release release;
@@ -145,17 +154,17 @@ static void bind_real(py::module_& m) {
         return value;
       },
       py::arg("a").noconvert(), py::arg("a_norm"), py::arg("b").noconvert(), py::arg("b_norm"), py::arg("start"),
-      py::arg("col"), py::arg("threads"));
+      py::arg("col"), py::arg("absolute"), py::arg("threads"));
   m.def(
       "price_rows",
-      [](const OwnedQuantized& a, const OwnedQuantized& b, const Array<int32_t>& a_index, const Array<int32_t>& b_index,
+      [](const QuantizedArrays& a, const QuantizedArrays& b, const Array<int32_t>& a_index, const Array<int32_t>& b_index,
          const Array<float>& row_level, const Array<float>& price, const Array<int64_t>& limit, const Array<Real>& a_rows,
          const Array<double>& a_norm, const Array<Real>& b_rows, const Array<double>& b_norm,
          const Array<double>& keep_level, const Array<double>& exact_price, int64_t keep, int64_t row_cap,
-         int64_t block_rows, int threads) {
+         bool absolute, int64_t block_rows, int threads) {
         const SweepArrays arrays{a_index, b_index, row_level, std::nullopt, price, limit};
-        const Sweep job = arrays.view(a, b, block_rows);
-        const auto exact = as_rows(a_rows, a_norm, b_rows, b_norm);
+        const Sweep job = arrays.view(a, b, absolute, block_rows);
+        const auto exact = as_rows(a_rows, a_norm, b_rows, b_norm, absolute);
         py::array_t<double> bound(a_index.size());
         double* out = bound.mutable_data();
         Priced priced;
@@ -168,7 +177,7 @@ static void bind_real(py::module_& m) {
       py::arg("a"), py::arg("b"), py::arg("a_index"), py::arg("b_index"), py::arg("row_level"), py::arg("price"),
       py::arg("limit"), py::arg("a_rows").noconvert(), py::arg("a_norm"), py::arg("b_rows").noconvert(),
       py::arg("b_norm"), py::arg("keep_level"), py::arg("exact_price"), py::arg("keep"), py::arg("row_cap"),
-      py::arg("block_rows"), py::arg("threads"));
+      py::arg("absolute"), py::arg("block_rows"), py::arg("threads"));
 }
 
 static py::tuple assignment_result(Assignment&& a) {
@@ -188,33 +197,31 @@ static Assignment assignment_state(const Graph& g, const Array<int32_t>& col_of_
 }
 
 static void bind_assignment(py::module_& m) {
-  py::class_<OwnedQuantized>(m, "Quantized")
-      .def_readonly("rows", &OwnedQuantized::rows)
-      .def_readonly("depth", &OwnedQuantized::depth)
-      .def_readonly("data", &OwnedQuantized::data)
-      .def_readonly("scale", &OwnedQuantized::scale)
-      .def_readonly("error", &OwnedQuantized::error);
+  py::class_<QuantizedArrays>(m, "Quantized")
+      .def(py::init<const std::string&, Array<uint8_t>, Array<float>>(), py::arg("precision"), py::arg("data"),
+           py::arg("scale"));
   m.def("native_precision", [](const std::string& name) { return native(precision_from_name(name)); });
   bind_real<float>(m);
   bind_real<double>(m);
   m.def(
       "row_levels",
-      [](const OwnedQuantized& a, const OwnedQuantized& b, const Array<int32_t>& b_index, int64_t rank, int threads) {
-        py::array_t<float> level(a.rows);
+      [](const QuantizedArrays& a, const QuantizedArrays& b, const Array<int32_t>& b_index, int64_t rank, bool absolute,
+         int threads) {
+        py::array_t<float> level(a.view().rows);
         float* out = level.mutable_data();
         py::gil_scoped_release release;
-        row_levels(a.view(), b.view(), b_index.data(), b_index.size(), rank, out, threads);
+        row_levels(a.view(), b.view(), b_index.data(), b_index.size(), rank, absolute, out, threads);
         return level;
       },
-      py::arg("a"), py::arg("b"), py::arg("b_index"), py::arg("rank"), py::arg("threads"));
+      py::arg("a"), py::arg("b"), py::arg("b_index"), py::arg("rank"), py::arg("absolute"), py::arg("threads"));
   m.def(
       "sweep",
-      [](const OwnedQuantized& a, const OwnedQuantized& b, const Array<int32_t>& a_index, const Array<int32_t>& b_index,
+      [](const QuantizedArrays& a, const QuantizedArrays& b, const Array<int32_t>& a_index, const Array<int32_t>& b_index,
          const Array<float>& row_level, const std::optional<Array<float>>& col_level,
          const std::optional<Array<float>>& price, const std::optional<Array<int64_t>>& limit, int64_t row_cap,
-         int64_t block_rows, int threads) {
+         bool absolute, int64_t block_rows, int threads) {
         const SweepArrays arrays{a_index, b_index, row_level, col_level, price, limit};
-        const Sweep job = arrays.view(a, b, block_rows);
+        const Sweep job = arrays.view(a, b, absolute, block_rows);
         std::vector<uint8_t> capped(a_index.size(), 0);
         std::vector<Pair> pairs;
         {
@@ -225,7 +232,7 @@ static void bind_assignment(py::module_& m) {
       },
       py::arg("a"), py::arg("b"), py::arg("a_index"), py::arg("b_index"), py::arg("row_level"),
       py::arg("col_level") = py::none(), py::arg("price") = py::none(), py::arg("limit") = py::none(),
-      py::arg("row_cap"), py::arg("block_rows"), py::arg("threads"));
+      py::arg("row_cap"), py::arg("absolute"), py::arg("block_rows"), py::arg("threads"));
   m.def(
       "build_rows",
       [](const Array<int32_t>& pairs, int64_t rows, int threads) {

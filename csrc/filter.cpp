@@ -211,11 +211,12 @@ struct ColumnPanel {
 /// Bit c of mask[r] says that column c passes for row r: acc·row_scale·scale − price > row_level or acc·… > level.
 E2E_CLONES
 void threshold_generic(const float* tile, int64_t rows, const float* row_scale, const float* row_level,
-                       const ColumnPanel& panel, uint64_t* mask) {
+                       const ColumnPanel& panel, bool absolute, uint64_t* mask) {
   for (int64_t r = 0; r < rows; ++r) {
     uint64_t bits = 0;
     for (int64_t c = 0; c < kCols; ++c) {
-      const float value = tile[r * kCols + c] * row_scale[r] * panel.scale[c];
+      const float product = tile[r * kCols + c] * row_scale[r] * panel.scale[c];
+      const float value = absolute ? std::fabs(product) : product;
       const bool pass = (value - panel.price[c] > row_level[r]) | (value > panel.level[c]);
       bits |= static_cast<uint64_t>(pass) << c;
     }
@@ -226,13 +227,14 @@ void threshold_generic(const float* tile, int64_t rows, const float* row_scale, 
 #if E2E_X86
 __attribute__((target(E2E_TARGET))) void threshold_avx512(const float* tile, int64_t rows, const float* row_scale,
                                                           const float* row_level, const ColumnPanel& panel,
-                                                          uint64_t* mask) {
+                                                          bool absolute, uint64_t* mask) {
+  const __m512 sign = _mm512_castsi512_ps(_mm512_set1_epi32(absolute ? 0x7fffffff : -1));
   for (int64_t r = 0; r < rows; ++r) {
     const __m512 scale = _mm512_set1_ps(row_scale[r]), level = _mm512_set1_ps(row_level[r]);
     uint64_t bits = 0;
     for (int64_t v = 0; v < kVectors; ++v) {
       const __m512 product = _mm512_mul_ps(_mm512_load_ps(tile + r * kCols + 16 * v), scale);
-      const __m512 value = _mm512_mul_ps(product, _mm512_load_ps(panel.scale + 16 * v));
+      const __m512 value = _mm512_and_ps(_mm512_mul_ps(product, _mm512_load_ps(panel.scale + 16 * v)), sign);
       const __mmask16 by_row =
           _mm512_cmp_ps_mask(_mm512_sub_ps(value, _mm512_load_ps(panel.price + 16 * v)), level, _CMP_GT_OQ);
       const __mmask16 by_col = _mm512_cmp_ps_mask(value, _mm512_load_ps(panel.level + 16 * v), _CMP_GT_OQ);
@@ -244,11 +246,11 @@ __attribute__((target(E2E_TARGET))) void threshold_avx512(const float* tile, int
 #endif
 
 void threshold(const float* tile, int64_t rows, const float* row_scale, const float* row_level,
-               const ColumnPanel& panel, uint64_t* mask) {
+               const ColumnPanel& panel, bool absolute, uint64_t* mask) {
 #if E2E_X86
-  if (simd_level() == Simd::avx512) return threshold_avx512(tile, rows, row_scale, row_level, panel, mask);
+  if (simd_level() == Simd::avx512) return threshold_avx512(tile, rows, row_scale, row_level, panel, absolute, mask);
 #endif
-  threshold_generic(tile, rows, row_scale, row_level, panel, mask);
+  threshold_generic(tile, rows, row_scale, row_level, panel, absolute, mask);
 }
 
 /// Both sides packed for a run of tiles: all columns once, and a job's rows when it starts.
@@ -422,7 +424,7 @@ void run_sweep(const Sweep& job, int64_t row_cap, int threads, Done&& done) {
         if (p >= last[r]) continue;
         const int64_t height = std::min(kRows, count - r);
         panels.multiply_panel(packed, r, p, tile);
-        threshold(tile, height, row_scale.data() + r, job.row_level + first + r, columns[p], mask);
+        threshold(tile, height, row_scale.data() + r, job.row_level + first + r, columns[p], job.absolute, mask);
         for (int64_t k = 0; k < height; ++k)
           for (uint64_t bits = mask[k]; bits; bits &= bits - 1) {
             if (emitted[r + k]++ >= row_cap) continue;
@@ -452,7 +454,7 @@ std::vector<Pair> sweep(const Sweep& job, int64_t row_cap, uint8_t* capped, int 
 }
 
 void row_levels(const Quantized& a, const Quantized& b, const int32_t* b_index, int64_t b_count, int64_t rank,
-                float* level, int threads) {
+                bool absolute, float* level, int threads) {
   if (rank < 1 || rank > b_count) throw std::invalid_argument("rank must lie in [1, b_count]");
   const Panels panels(a, b, b_index, b_count, threads);
   const int64_t width = panels.panels() * kCols;
@@ -481,6 +483,8 @@ void row_levels(const Quantized& a, const Quantized& b, const int32_t* b_index, 
       }
     for (int64_t r = 0; r < count; ++r) {
       float* row = out + r * width;
+      if (absolute)
+        for (int64_t j = 0; j < b_count; ++j) row[j] = std::fabs(row[j]);
       std::fill(row + b_count, row + width, -kInf);
       for (int64_t start = groups; start < width; start += groups)
         for (int64_t j = start; j < std::min(width, start + groups); ++j) row[j - start] = std::max(row[j - start], row[j]);
@@ -514,7 +518,8 @@ E2E_CLONES double dot(const double* a, const double* b, int64_t d) { return dot_
 template <class Real>
 double Rows<Real>::cosine(int64_t i, int64_t j) const {
   const double scale = a_norm[i] * b_norm[j];
-  return scale == 0.0 ? 0.0 : dot(a + i * d, b + j * d, d) / scale;
+  const double value = scale == 0.0 ? 0.0 : dot(a + i * d, b + j * d, d) / scale;
+  return absolute ? std::fabs(value) : value;
 }
 
 template <class Real>

@@ -54,6 +54,7 @@ struct Sweep {
   const float* col_level;
   const float* price;
   const int64_t* limit;
+  bool absolute;       // take |acc|: similarity regardless of sign
   int64_t block_rows;  // rows of `a` a job takes; 0: as many as fit the cache. The pairs do not depend on it.
 };
 
@@ -64,7 +65,7 @@ std::vector<Pair> sweep(const Sweep& job, int64_t row_cap, uint8_t* capped, int 
 /// For each row i of `a`, about the rank-th largest product with the rows b_index of `b`: exact while b_count ≤ 16·rank,
 /// else the rank-th largest of 16·rank (at least 64) group maxima, which is at most that. level is (a.rows,).
 void row_levels(const Quantized& a, const Quantized& b, const int32_t* b_index, int64_t b_count, int64_t rank,
-                float* level, int threads);
+                bool absolute, float* level, int threads);
 
 /// Two matrices as given, (rows, d), with their rows' norms.
 template <class Real>
@@ -72,8 +73,9 @@ struct Rows {
   const Real *a, *b;
   const double *a_norm, *b_norm;
   int64_t d;
+  bool absolute;
 
-  /// Cosine of a[i] and b[j] in float64, 0 where a norm is 0. One fixed order of summation: it depends on the two rows
+  /// Cosine (its absolute value if so asked) of a[i] and b[j] in float64, 0 where a norm is 0. One fixed order of summation: it depends on the two rows
   /// alone.
   double cosine(int64_t i, int64_t j) const;
 };
