@@ -285,11 +285,16 @@ class _Search:
         row_best = _nearest(s, seen.row_level, seen.cut, start, col, value)
         turned = s.transposed()
         t_start, t_col, t_value = core().transpose_rows(start, col, value, m)
-        col_best = _nearest(turned, seen.col_level, np.full(m, bool(seen.cut.any())), t_start, t_col, t_value)
+        cut = bool(seen.cut.any())
+        col_best = _nearest(turned, seen.col_level, np.full(m, cut), t_start, t_col, t_value)
         self._note("best")
 
-        second = _second_net(start, col, value, price, cols)
-        margin = np.clip(matched - price[cols] - np.maximum(second, bound), 0.0, None)
+        # Without its pair a row takes another column and the column another row, or none: both new pairs cost.
+        row_slack = matched - price[cols] - np.maximum(_second_net(start, col, value, price, cols), bound)
+        unlisted = turned.unlisted_bound(Candidates(seen.pairs, seen.col_level, seen.row_level, np.full(m, cut)), u)
+        second = np.maximum(_second_net(t_start, t_col, t_value, u, solution[1]), unlisted)
+        col_slack = np.minimum(price - second, price if n < m else np.inf)[cols]
+        margin = np.clip(row_slack, 0.0, None) + np.clip(col_slack, 0.0, None)
         groups = core().tie_groups(start, col, value, m, *solution[:3], TIE_TOLERANCE)
         certified = self.unproven == 0 and self.gap <= CERTIFIED_GAP
         self._note("statistics")
@@ -353,11 +358,9 @@ def _nearest(
     return col[at[first]].astype(np.int64), best
 
 
-def _second_net(start, col, value, price, cols) -> np.ndarray:
-    """max of value − price over each row's edges other than its own column."""
-    net = value - price[col]
-    net[col == np.repeat(cols, np.diff(start))] = -np.inf
-    return np.maximum.reduceat(net, start[:-1])
+def _second_net(start, col, value, price, own) -> np.ndarray:
+    """max of value − price over each row's edges other than the one to its own column (own: −1 for none)."""
+    return best_net(start, col, np.where(col == np.repeat(own, np.diff(start)), -np.inf, value), price)
 
 
 def _nothing_to_match(m: int) -> _Found:
