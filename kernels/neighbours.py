@@ -9,10 +9,10 @@ The product is a filter, not an answer. `quantize` measures every row's error �
     |a_i·b_j − â_i·b̂_j| ≤ ‖a_i − â_i‖·‖b̂_j‖ + ‖b_j − b̂_j‖ + rounding        (`error_bound` gives the terms)
 
 whatever the order of summation, the block size or the device. So a threshold lowered by the bound misses no pair, and
-the caller recomputes in float64 the few that pass. `row_levels` finds thresholds that let about `rank` of a sample pass.
+the caller recomputes in float64 the few that pass. `row_levels` finds levels that about `rank` of a sample pass.
 
-float32, bfloat16 and int8 products: int8 (one scale a row) is exact in int32 and twice as fast as bfloat16 on a CPU with
-VNNI, at four times its error bound.
+float32, bfloat16 and int8 products: int8 (one scale a row) is exact in int32 and twice as fast as bfloat16 on a CPU
+with VNNI, at four times its error bound.
 
 >>> import torch
 >>> a = quantize(torch.eye(3), "int8")
@@ -20,14 +20,15 @@ VNNI, at four times its error bound.
 [[0, 0], [1, 1], [2, 2]]
 """
 
-from typing import NamedTuple
+import importlib
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 try:
-    from e2e_fast import _C
+    _C: Any = importlib.import_module("e2e_fast._C")
 except ImportError:  # the compiled core is optional: the same function in plain torch follows
     _C = None
 

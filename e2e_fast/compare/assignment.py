@@ -10,6 +10,7 @@ u_i = max_j (s_ij − p_j) over the row's edges, no matching that covers all row
 ([1, 0], 8.0)
 """
 
+import importlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +29,7 @@ class SparseAssignment(NamedTuple):
     row_price: np.ndarray
     """(rows,) float64: dual value of each row."""
     col_price: np.ndarray
-    """(cols,) float64: dual value of each column. row_price[i] + col_price[j] ≥ value of every edge (≤ when minimising)."""
+    """(cols,) float64: of each column. row_price[i] + col_price[j] ≥ value of every edge (≤ when minimising)."""
     bids: int
     """Auction bids made."""
     pops: int
@@ -47,12 +48,14 @@ def sparse_assignment(
 
     `graph`: a scipy.sparse matrix or array, a torch sparse CSR tensor, or ``(indptr, indices, data)`` with `shape`.
     Where rows ≤ columns every row is matched, else every column. Raises ValueError when that cannot be, when a value is
-    NaN or infinite, or when the arrays contradict each other. ``bids_per_row`` bounds the auction's work, not the result.
+    NaN or infinite, or when the arrays contradict each other. ``bids_per_row`` bounds the auction, not the result.
     """
     start, col, value, (rows, cols) = _csr(graph, shape)
     if rows > cols:
         start, col, value = core().transpose_rows(start, col, value, cols)
-        flipped = sparse_assignment((start, col, value), shape=(cols, rows), maximize=maximize, bids_per_row=bids_per_row)
+        flipped = sparse_assignment(
+            (start, col, value), shape=(cols, rows), maximize=maximize, bids_per_row=bids_per_row
+        )
         order = np.argsort(flipped.cols)
         return flipped._replace(
             rows=flipped.cols[order],
@@ -73,13 +76,12 @@ def sparse_assignment(
 def core() -> Any:
     """The compiled core; ImportError with the remedy where it was not built."""
     try:
-        from e2e_fast import _C
+        return importlib.import_module("e2e_fast._C")
     except ImportError as error:
         raise ImportError(
             "exact assignment runs in the compiled core e2e_fast._C, which is missing: reinstall e2e_fast with a C++ "
             "compiler at hand (`make install`, or `pip install .`)"
         ) from error
-    return _C
 
 
 def best_net(start: np.ndarray, col: np.ndarray, value: np.ndarray, price: np.ndarray) -> np.ndarray:
@@ -99,20 +101,21 @@ def edge_values(start: np.ndarray, col: np.ndarray, value: np.ndarray, col_of_ro
 
 
 def _csr(graph: Any, shape: tuple[int, int] | None) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[int, int]]:
+    size: Any = shape
     if isinstance(graph, torch.Tensor):
         if graph.layout != torch.sparse_csr:
             raise ValueError(f"graph must be a sparse CSR tensor, got layout {graph.layout}; use .to_sparse_csr()")
         parts = (graph.crow_indices().cpu().numpy(), graph.col_indices().cpu().numpy(), graph.values().cpu().numpy())
-        shape = (graph.shape[0], graph.shape[1])
+        size = graph.shape
     elif hasattr(graph, "tocsr"):
         matrix = graph.tocsr()
-        parts, shape = (matrix.indptr, matrix.indices, matrix.data), matrix.shape
+        parts, size = (matrix.indptr, matrix.indices, matrix.data), matrix.shape
     else:
         if shape is None:
             raise ValueError("shape must be given with (indptr, indices, data)")
         parts = graph
     start, col, value = (np.asarray(part) for part in parts)
-    rows, cols = int(shape[0]), int(shape[1])
+    rows, cols = int(size[0]), int(size[1])
     if start.shape != (rows + 1,):
         raise ValueError(f"indptr must have shape ({rows + 1},) for {rows} rows, got {start.shape}")
     if start[0] != 0 or (np.diff(start) < 0).any() or start[-1] != col.size or col.shape != value.shape:

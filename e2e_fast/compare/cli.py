@@ -31,7 +31,7 @@ _STAGES = {
 
 
 def match(
-    a: Annotated[str, typer.Argument(help="A dictionary: a weights file or folder, path::name for one SAE of several.")],
+    a: Annotated[str, typer.Argument(help="A dictionary: weights file or folder; path::name for one SAE of several.")],
     b: Annotated[str, typer.Argument(help="The other dictionary.")],
     pairs: Annotated[Path | None, typer.Option(help="Write the matched pairs: .csv, .parquet or .npz.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a histogram beside the null of random dictionaries.")] = None,
@@ -39,10 +39,10 @@ def match(
     encoder_share: Annotated[float, typer.Option(help="Weight of the encoder's cosine with --which both.")] = 0.5,
     absolute: Annotated[bool, typer.Option(help="Ignore signs.")] = False,
     center: Annotated[bool, typer.Option(help="Subtract each side's mean feature first.")] = False,
-    keep_zero: Annotated[bool, typer.Option(help="Match zero rows, at similarity 0, instead of leaving them out.")] = False,
+    keep_zero: Annotated[bool, typer.Option(help="Match zero rows, at similarity 0; else left out.")] = False,
     precision: Annotated[str, typer.Option(help="Of the sweep alone: auto, int8, bfloat16 or float32.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Default: as torch.")] = None,
-    time_limit: Annotated[float | None, typer.Option(help="Seconds; then the best matching so far, with its bound.")] = None,
+    time_limit: Annotated[float | None, typer.Option(help="Seconds; then the best so far, with its bound.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON and no progress.")] = False,
 ) -> None:
     """Match two dictionaries one to one, so that the summed cosine similarity is the largest possible, with a proof."""
@@ -146,7 +146,8 @@ def _print_table(m: Matching, written: list[str]) -> None:
         return "–" if value is None else f"{value:.4f}"
 
     proof = "optimal over all pairs (proven)" if m.certified else "not proven optimal"
-    table = Table(title=f"{s['pairs']:,} pairs of {m.shape[0]:,} × {m.shape[1]:,} features, d = {m.shape[2]:,}", show_header=False)
+    title = f"{s['pairs']:,} pairs of {m.shape[0]:,} × {m.shape[1]:,} features, d = {m.shape[2]:,}"
+    table = Table(title=title, show_header=False)
     table.add_column()
     table.add_column(justify="right")
     for name, value in (

@@ -41,10 +41,10 @@ _SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".safetensors")
 def read_dictionary(source: Any, *, which: str = "decoder", encoder_share: float = 0.5) -> Tensor:
     """The features of `source` as rows (n, d), float32 or float64, on the CPU.
 
-    source: a tensor or array (n, d) of any float dtype; an object with ``W_dec`` (and ``W_enc``), [F, D]; or the path of
-    a ``.npy``, ``.npz``, ``.pt``, ``.safetensors`` file or of a folder with one, ``path::name`` where it holds several.
-    which: ``"decoder"``, ``"encoder"``, or ``"both"``: rows [√(1−w)·unit decoder, √w·unit encoder], w = encoder_share, of
-    length 2d, whose products are (1−w)·cos_dec + w·cos_enc; a feature with either half zero becomes a zero row.
+    source: a tensor or array (n, d) of any float dtype; an object with ``W_dec`` (and ``W_enc``), [F, D]; or the path
+    of a ``.npy``, ``.npz``, ``.pt``, ``.safetensors`` file or of a folder with one, ``path::name`` if it holds several.
+    which: ``"decoder"``, ``"encoder"``, or ``"both"``: rows [√(1−w)·unit decoder, √w·unit encoder], w = encoder_share,
+    of length 2d, whose products are (1−w)·cos_dec + w·cos_enc; a feature with either half zero becomes a zero row.
 
     Raises ValueError when the source does not have what is asked for, or has it more than once.
     """
@@ -104,7 +104,9 @@ def _plain(x: Any) -> Tensor:
 
 def _joint(decoder: Tensor, encoder: Tensor, share: float) -> Tensor:
     if decoder.shape != encoder.shape:
-        raise ValueError(f"decoder and encoder must agree in shape, got {tuple(decoder.shape)} and {tuple(encoder.shape)}")
+        raise ValueError(
+            f"decoder and encoder must agree in shape, got {tuple(decoder.shape)} and {tuple(encoder.shape)}"
+        )
     norms = [half.double().norm(dim=1, keepdim=True) for half in (decoder, encoder)]
     whole = (norms[0] > 0) & (norms[1] > 0)
     scales = [torch.where(whole, weight**0.5 / norm, 0) for weight, norm in zip((1 - share, share), norms, strict=True)]
@@ -127,7 +129,9 @@ def _load(source: str) -> tuple[dict[str, Any], str | None]:
         tensors = load_file(path)
     elif path.suffix in (".pt", ".pth"):
         content = torch.load(path, map_location="cpu", weights_only=True)
-        while isinstance(content, dict) and (key := next((w for w in _WRAPPERS if isinstance(content.get(w), dict)), None)):
+        while isinstance(content, dict) and (
+            key := next((w for w in _WRAPPERS if isinstance(content.get(w), dict)), None)
+        ):
             content = content[key]
         tensors = content if isinstance(content, dict) else {"": content}
     else:
@@ -152,7 +156,7 @@ def _file_in(path: Path) -> Path:
 
 
 def _from_tensors(tensors: dict[str, Any], name: str | None, source: str) -> tuple[Tensor, Tensor | None]:
-    found = {prefix: matrix for prefix, matrix in _find(tensors, _DECODERS).items()}
+    found = _find(tensors, _DECODERS)
     encoders = _find(tensors, _ENCODERS)
     if not found:  # no SAE: a named or the only matrix
         plain = {name: tensors[name]} if name in tensors else tensors

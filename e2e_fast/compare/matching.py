@@ -72,7 +72,7 @@ class Matching:
     certified: bool
     """Every row is proven, and `gap` is rounding: the matching is optimal over all n·m pairs."""
     row_best: np.ndarray
-    """(n,) int64: each row's most similar row of B, taken with replacement (lowest index on a tie); −1 for left-out rows."""
+    """(n,) int64: each row's most similar row of B, with replacement (lowest index on a tie); −1: left out."""
     row_best_similarity: np.ndarray
     """(n,) float64; NaN for left-out rows."""
     col_best: np.ndarray
@@ -80,13 +80,13 @@ class Matching:
     col_best_similarity: np.ndarray
     """(m,) float64; NaN for left-out columns."""
     margin: np.ndarray
-    """(pairs,) float64: forbidding the pair costs the total at least this much. A lower bound, 0 where none is proven."""
+    """(pairs,) float64: forbidding the pair costs the total at least this much (0: nothing proven)."""
     tie_group: np.ndarray
     """(pairs,) int64: pairs with the same number can be exchanged at no loss; −1 where the pair is in every optimum."""
     row_price: np.ndarray
     """(n,) float64, and"""
     col_price: np.ndarray
-    """(m,) float64: dual prices: similarity ≤ row_price[i] + col_price[j] for every pair, the certificate. NaN: left out."""
+    """(m,) float64: the certificate: similarity ≤ row_price[i] + col_price[j] for every pair. NaN: left out."""
     left_out_rows: np.ndarray
     """int64: rows of A not taken part (not alive, or zero)."""
     left_out_cols: np.ndarray
@@ -149,13 +149,14 @@ def match_dictionaries(
 ) -> Matching:
     """The one-to-one matching of A's rows with B's that maximises the summed cosine similarity, with its certificate.
 
-    A (n, d), B (m, d): tensors or arrays of any float dtype, SAEs with ``W_dec`` and ``W_enc`` [F, D], or paths of files
+    A (n, d), B (m, d): tensors or arrays of any float dtype, SAEs with ``W_dec`` and ``W_enc`` [F, D], or paths
     (`read_dictionary`). All min(n, m) rows of the smaller side are matched.
 
-    which: ``"decoder"``, ``"encoder"`` or ``"both"``: the joint similarity w·cos_enc + (1 − w)·cos_dec, w = encoder_share.
+    which: ``"decoder"``, ``"encoder"`` or ``"both"``: w·cos_enc + (1 − w)·cos_dec, w = encoder_share.
     alive: for each side a boolean mask or None; the others are left out. zero_rows: ``"drop"`` leaves them out,
     ``"keep"`` matches them at similarity 0. absolute: ignore signs. center: subtract each side's mean row first.
-    candidates, precision (``"auto"``, ``"int8"``, ``"bfloat16"``, ``"float32"``), block_rows, threads, seed: speed alone.
+    candidates, precision (``"auto"``, ``"int8"``, ``"bfloat16"``, ``"float32"``), block_rows, threads and seed affect
+    speed alone.
     time_limit: seconds after which no further sweep starts; the best matching so far is returned with its bound.
 
     Raises ValueError for NaN or infinite entries (with the rows), different d, empty or not two-dimensional input.
@@ -178,7 +179,10 @@ def match_dictionaries(
         sides = [side - side.mean(dim=0, dtype=torch.float64).to(side.dtype) for side in sides]
     wide = torch.promote_types(sides[0].dtype, sides[1].dtype)
     kept = [_kept(side, mask, name, zero_rows, threads) for side, mask, name in zip(sides, alive, "AB", strict=True)]
-    used = [side.to(wide) if len(k) == len(side) else side[torch.from_numpy(k)].to(wide) for side, k in zip(sides, kept, strict=True)]
+    used = [
+        side.to(wide) if len(k) == len(side) else side[torch.from_numpy(k)].to(wide)
+        for side, k in zip(sides, kept, strict=True)
+    ]
 
     flip = used[0].shape[0] > used[1].shape[0]
     search = _Search(
@@ -301,7 +305,15 @@ class _Search:
         self.stats["seconds"]["total"] = time.perf_counter() - self.began
         self._report("done")
         return _Found(
-            cols.astype(np.int64), matched, utility, price, certified, row_best, col_best, margin, groups.astype(np.int64)
+            cols.astype(np.int64),
+            matched,
+            utility,
+            price,
+            certified,
+            row_best,
+            col_best,
+            margin,
+            groups.astype(np.int64),
         )
 
     def _with_escapes(self, pairs: np.ndarray, n: int, m: int) -> np.ndarray:
@@ -331,7 +343,8 @@ def _kept(side: Tensor, alive: Any, name: str, zero_rows: str, threads: int | No
     if alive is not None:
         mask = torch.as_tensor(alive)
         if mask.dtype != torch.bool or mask.shape != (len(side),):
-            raise ValueError(f"alive for {name} must be a boolean mask of shape ({len(side)},), got {mask.dtype} {tuple(mask.shape)}")
+            got = f"{mask.dtype} {tuple(mask.shape)}"
+            raise ValueError(f"alive for {name} must be a boolean mask of shape ({len(side)},), got {got}")
         keep &= mask.cpu().numpy()
     if zero_rows == "drop":
         keep &= row_norms(side, threads).numpy() > 0
@@ -369,7 +382,9 @@ def _nothing_to_match(m: int) -> _Found:
     return _Found(none, no_value, no_value, np.zeros(m), True, (none, no_value), best, no_value, none)
 
 
-def _in_given_order(found: _Found, flip: bool, kept: list[np.ndarray], shape: tuple[int, int, int], stats: dict) -> Matching:
+def _in_given_order(
+    found: _Found, flip: bool, kept: list[np.ndarray], shape: tuple[int, int, int], stats: dict
+) -> Matching:
     """The result in the caller's numbering and orientation."""
     small, large = (1, 0) if flip else (0, 1)
     pairs = {small: kept[small], large: kept[large][found.cols]}

@@ -10,9 +10,9 @@ The similarity of rows a and b is ``a·b / (‖a‖‖b‖)``, summed in float64
 
 >>> import torch
 >>> s = Similarities(torch.eye(4), torch.eye(4)[[2, 0, 1, 3]])
->>> start, col, value = s.graph(s.candidates(1, seed=0).pairs)
->>> col[value > 0.5].tolist()
-[1, 2, 0, 3]
+>>> start, col, value = s.graph(s.candidates(2, seed=0).pairs)
+>>> col.tolist(), value.tolist()
+([1, 2, 0, 3], [1.0, 1.0, 1.0, 1.0])
 """
 
 from typing import NamedTuple

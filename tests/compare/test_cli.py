@@ -1,0 +1,85 @@
+"""``e2e-fast match`` prints the certificate, writes the pairs, draws the picture, and says what is wrong."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from e2e_fast.compare import match_dictionaries
+from e2e_fast.compare.cli import match
+
+sys.path.insert(0, str(Path(__file__).parent))
+import families
+
+app = typer.Typer()
+app.command()(match)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[str, str]:
+    for name, side in zip("ab", families.planted(120, 150, 16), strict=True):
+        np.save(tmp_path / f"{name}.npy", side)
+    return str(tmp_path / "a.npy"), str(tmp_path / "b.npy")
+
+
+def test_table_states_the_certificate(files: tuple[str, str]):
+    result = CliRunner().invoke(app, [*files])
+    assert result.exit_code == 0, result.output
+    assert "optimal over all pairs (proven)" in result.output
+    assert "120 pairs of 120 × 150 features" in result.output
+
+
+def test_json_holds_the_matchings_numbers(files: tuple[str, str]):
+    result = CliRunner().invoke(app, [*files, "--json", "--precision", "float32", "--threads", "1"])
+    assert result.exit_code == 0, result.output
+    printed, m = json.loads(result.stdout), match_dictionaries(*files)
+    assert printed["total"] == m.total
+    assert printed["certified"] is True
+    assert printed["unmatched"] == [0, 30]
+    assert printed["mutual"] == len(m.mutual)
+    assert printed["stats"]["precision"] == "float32"
+
+
+def test_pairs_are_written_as_csv_and_npz(files: tuple[str, str], tmp_path: Path):
+    m = match_dictionaries(*files)
+    for suffix in (".csv", ".npz"):
+        result = CliRunner().invoke(app, [*files, "--json", "--pairs", str(tmp_path / f"pairs{suffix}")])
+        assert result.exit_code == 0, result.output
+    with (tmp_path / "pairs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["col"]) for row in rows] == m.cols.tolist()
+    assert [float(row["similarity"]) for row in rows] == m.similarity.tolist()
+    with np.load(tmp_path / "pairs.npz") as saved:
+        assert np.array_equal(saved["row"], m.rows)
+        assert saved["upper_bound"] == m.upper_bound
+
+
+def test_picture_is_drawn(files: tuple[str, str], tmp_path: Path):
+    result = CliRunner().invoke(app, [*files, "--plot", str(tmp_path / "plot.png")])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "plot.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pairs", "pairs.txt"], "must end in one of"),
+        (["--precision", "fp4"], "precision must be"),
+        (["--which", "encoder"], "needs encoder"),
+    ],
+)
+def test_wrong_arguments_are_named(files: tuple[str, str], arguments: list[str], message: str):
+    result = CliRunner().invoke(app, [*files, *arguments], env={"COLUMNS": "300", "TERMINAL_WIDTH": "300"})
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_missing_file_is_named(files: tuple[str, str]):
+    result = CliRunner().invoke(app, [files[0], "nowhere.npy"])
+    assert result.exit_code == 2
+    assert "nowhere.npy" in result.output

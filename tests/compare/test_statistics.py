@@ -1,0 +1,57 @@
+"""The null is what random dictionaries give; greedy matching is exactly greedy."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from e2e_fast.compare import greedy_matching, match_dictionaries, null_mean
+
+sys.path.insert(0, str(Path(__file__).parent))
+import families
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "d", "repeats"),
+    [
+        (3000, 3000, 64, 1),
+        (1000, 1000, 768, 1),
+        (500, 500, 4, 4),
+        (800, 800, 16, 2),
+        (700, 1400, 64, 2),
+        (200, 2000, 32, 4),
+    ],
+)
+def test_null_mean_is_within_one_percent_of_random_dictionaries(n: int, m: int, d: int, repeats: int):
+    means = [match_dictionaries(*families.random(n, m, d, seed)).mean for seed in range(repeats)]
+    assert null_mean(n, m, d) == pytest.approx(np.mean(means), rel=0.01)
+
+
+def test_null_mean_grows_with_the_number_of_features_and_falls_with_the_dimension():
+    assert null_mean(1000, 1000, 64) < null_mean(4000, 4000, 64) < null_mean(4000, 4000, 32)
+    assert null_mean(50, 80, 16) == null_mean(80, 50, 16)
+    assert np.isnan(null_mean(5, 5, 1))
+    assert np.isnan(null_mean(0, 5, 8))
+
+
+def greedy_by_sorting(S: np.ndarray) -> list[tuple[int, int]]:
+    free_row, free_col, pairs = np.ones(S.shape[0], bool), np.ones(S.shape[1], bool), []
+    order = np.argsort(-S, axis=None, kind="stable")
+    for i, j in zip(*(x.tolist() for x in np.divmod(order, S.shape[1])), strict=True):
+        if len(pairs) == min(S.shape):
+            break
+        if free_row[i] and free_col[j]:
+            free_row[i] = free_col[j] = False
+            pairs.append((i, j))
+    return sorted(pairs)
+
+
+@pytest.mark.parametrize(("n", "m"), [(2060, 2050), (60, 90), (90, 60)])
+@pytest.mark.parametrize("family", ["random", "planted", "clustered"])
+def test_greedy_takes_pairs_by_falling_similarity(family: str, n: int, m: int):
+    A, B = families.ALL[family](n, m, 40)
+    greedy = greedy_matching(A, B, candidates=16)
+    assert list(map(tuple, greedy)) == greedy_by_sorting(A @ B.T)
+    similarity = (A @ B.T)[greedy[:, 0], greedy[:, 1]]
+    assert similarity.sum() <= match_dictionaries(A, B).total + 1e-9
