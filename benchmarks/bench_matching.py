@@ -175,7 +175,7 @@ def plot(path: Path) -> None:
     from matplotlib.figure import Figure
 
     records = [json.loads(line) for line in RECORDS.read_text().splitlines()]
-    figure = Figure(figsize=(7.0, 4.4), layout="constrained")
+    figure = Figure(figsize=(7.0, 5.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for precision, colour in (("int8", "#3b6ea5"), ("bfloat16", "#d07a1f"), ("float32", "#4f8a4f")):
@@ -197,9 +197,7 @@ def plot(path: Path) -> None:
                 np.median([r["stats"]["seconds"]["solve"] * r["cpu_seconds"] / r["seconds"] for r in at[n]])
                 for n in sizes
             ]
-            axes.plot(
-                sizes, solver, "s--", color="0.4", markersize=4, label="of it the sparse solver (share of wall time)"
-            )
+            axes.plot(sizes, solver, "s--", color="0.4", markersize=4, label="of it the sparse solver")
     dense = sorted(
         (r["n"], r["scipy_cpu_seconds"])
         for r in records
@@ -214,7 +212,7 @@ def plot(path: Path) -> None:
     axes.set_xlabel("features a side (half planted, d = 768)")
     axes.set_ylabel("CPU seconds")
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

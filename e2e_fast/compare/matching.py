@@ -94,7 +94,7 @@ class Matching:
     shape: tuple[int, int, int]
     """(n, m, d) as given."""
     stats: dict[str, Any] = field(default_factory=dict)
-    """How it went: precision, seconds by stage, candidate edges, sweeps priced, rounds, bids."""
+    """How it went: precision, seconds and CPU seconds by stage, candidate edges, sweeps priced, rounds, bids."""
 
     @property
     def total(self) -> float:
@@ -161,7 +161,7 @@ def match_dictionaries(
 
     Raises ValueError for NaN or infinite entries (with the rows), different d, empty or not two-dimensional input.
     """
-    began = time.perf_counter()
+    began, began_cpu = time.perf_counter(), time.process_time()
     if precision not in ("auto", *core_precisions()):
         raise ValueError(f"precision must be 'auto' or one of {core_precisions()}, got {precision!r}")
     if zero_rows not in ("drop", "keep"):
@@ -187,7 +187,7 @@ def match_dictionaries(
     flip = used[0].shape[0] > used[1].shape[0]
     search = _Search(
         *(reversed(used) if flip else used),
-        candidates=candidates, seed=seed, time_limit=time_limit, began=began, on_progress=on_progress,
+        candidates=candidates, seed=seed, time_limit=time_limit, began=began, began_cpu=began_cpu, on_progress=on_progress,
         precision=precision, absolute=absolute, block_rows=block_rows, threads=threads,
     )  # fmt: skip
     found = search.run()
@@ -219,13 +219,13 @@ class _Search:
     ESCAPES = 4  # random one-to-one maps added as edges: a complete matching exists, and prices stay small
     SLACK = 0.01  # a priced row stays proven while its u falls by less than this
 
-    def __init__(self, A, B, *, candidates, seed, time_limit, began, on_progress, **options) -> None:
+    def __init__(self, A, B, *, candidates, seed, time_limit, began, began_cpu, on_progress, **options) -> None:
         self.A, self.B, self.k, self.seed, self.options = A, B, candidates, seed, options
         self.began, self.time_limit, self.on_progress = began, time_limit, on_progress or (lambda progress: None)
-        self.stats: dict[str, Any] = {"seconds": {}, "rounds": 0, "priced_sweeps": 0.0}
+        self.stats: dict[str, Any] = {"seconds": {}, "cpu_seconds": {}, "rounds": 0, "priced_sweeps": 0.0}
         self.unproven: int | None = None
         self.gap: float | None = None
-        self._clock = began
+        self._clock, self._cpu_clock = began, began_cpu
         self._note("read")
 
     def run(self) -> _Found:
@@ -329,10 +329,10 @@ class _Search:
         self.on_progress(Progress(stage, time.perf_counter() - self.began, self.unproven, self.gap))
 
     def _note(self, stage: str) -> None:
-        now = time.perf_counter()
-        seconds = self.stats["seconds"]
-        seconds[stage] = seconds.get(stage, 0.0) + now - self._clock
-        self._clock = now
+        now, cpu_now = time.perf_counter(), time.process_time()
+        for key, spent in (("seconds", now - self._clock), ("cpu_seconds", cpu_now - self._cpu_clock)):
+            self.stats[key][stage] = self.stats[key].get(stage, 0.0) + spent
+        self._clock, self._cpu_clock = now, cpu_now
 
 
 def _kept(side: Tensor, alive: Any, name: str, zero_rows: str, threads: int | None) -> np.ndarray:

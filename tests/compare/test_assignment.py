@@ -71,7 +71,7 @@ def test_every_form_of_a_graph_gives_the_same():
     parts = (torch.from_numpy(x) for x in (g.indptr, g.indices, g.data))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        torch_graph = torch.sparse_csr_tensor(*parts, g.shape, check_invariants=True)
+        torch_graph = torch.sparse_csr_tensor(*parts, size=g.shape, check_invariants=True)
     for form in (g.tocoo(), g.tocsc(), torch_graph):
         assert np.array_equal(sparse_assignment(form).cols, expected)
     assert np.array_equal(sparse_assignment((g.indptr, g.indices, g.data), shape=g.shape).cols, expected)
