@@ -187,7 +187,8 @@ def match_dictionaries(
     flip = used[0].shape[0] > used[1].shape[0]
     search = _Search(
         *(reversed(used) if flip else used),
-        candidates=candidates, seed=seed, time_limit=time_limit, began=began, began_cpu=began_cpu, on_progress=on_progress,
+        candidates=candidates, seed=seed, time_limit=time_limit,
+        began=began, began_cpu=began_cpu, on_progress=on_progress,
         precision=precision, absolute=absolute, block_rows=block_rows, threads=threads,
     )  # fmt: skip
     found = search.run()
