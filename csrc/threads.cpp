@@ -5,8 +5,8 @@
 #include <condition_variable>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
-#include <vector>
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
@@ -38,14 +38,22 @@ struct Loop {
   }
 };
 
+/// Set on the pool's workers, and on a caller while its loop runs: a loop inside a loop stays on its thread.
+thread_local bool inside = false;
+
+/// Lives until the process ends: its workers wait, and joining them at exit would only invite deadlocks.
 class Pool {
  public:
   void run(Loop& loop, int helpers) {
     {
       const std::lock_guard lock(mutex_);
-      while (static_cast<int>(workers_.size()) < helpers) workers_.emplace_back([this] { serve(); });
+      try {
+        for (; workers_ < helpers; ++workers_) std::thread([this] { serve(); }).detach();
+      } catch (const std::system_error&) {
+        // No more threads to be had: those that exist, or the caller alone, do the work.
+      }
       loop_ = &loop;
-      wanted_ = helpers;
+      wanted_ = std::min(helpers, workers_);
     }
     wake_.notify_all();
     loop.work();
@@ -55,21 +63,12 @@ class Pool {
     loop_ = nullptr;
   }
 
-  ~Pool() {
-    {
-      const std::lock_guard lock(mutex_);
-      stop_ = true;
-    }
-    wake_.notify_all();
-    for (std::thread& worker : workers_) worker.join();
-  }
-
  private:
   void serve() {
+    inside = true;
     std::unique_lock lock(mutex_);
     for (;;) {
-      wake_.wait(lock, [this] { return stop_ || wanted_ > 0; });
-      if (stop_) return;
+      wake_.wait(lock, [this] { return wanted_ > 0; });
       --wanted_;
       ++active_;
       Loop* const loop = loop_;
@@ -82,15 +81,12 @@ class Pool {
 
   std::mutex mutex_;
   std::condition_variable wake_, done_;
-  std::vector<std::thread> workers_;
   Loop* loop_ = nullptr;
-  int wanted_ = 0, active_ = 0;
-  bool stop_ = false;
+  int workers_ = 0, wanted_ = 0, active_ = 0;
 };
 
 Pool* pool = nullptr;
 std::mutex pool_mutex;
-thread_local bool inside = false;
 
 /// The pool, made at the first call. A forked child inherits none of the threads: it forgets the parent's pool.
 Pool& the_pool() {

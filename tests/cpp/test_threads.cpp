@@ -1,5 +1,6 @@
 // parallel_for: every piece once, exceptions come back, nesting and many callers are safe.
 #include <atomic>
+#include <chrono>
 #include <stdexcept>
 #include <thread>
 
@@ -29,7 +30,10 @@ int main() {
   CHECK(after == 10);
 
   std::atomic<int> nested{0};
-  parallel_for(8, 1, 3, [&](int64_t, int64_t) { parallel_for(8, 1, 3, [&](int64_t, int64_t) { ++nested; }); });
+  parallel_for(8, 1, 3, [&](int64_t, int64_t) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(2));  // so that the workers take part
+    parallel_for(8, 1, 3, [&](int64_t, int64_t) { ++nested; });
+  });
   CHECK(nested == 64);
 
   std::atomic<int> total{0};
