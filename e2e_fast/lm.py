@@ -36,7 +36,7 @@ import copy
 import difflib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as nnf
@@ -108,7 +108,7 @@ class LM:
     """
 
     def __init__(self, model: Any, processing: str, tokenizer: Any = None, source: str | None = None) -> None:
-        base, config, family, unembed = _open(model)
+        front, config, family, weight, bias = _open(model)
         self.processing = processing
         self.config = config
         self._architecture = _architecture(family, config)
@@ -118,9 +118,7 @@ class LM:
         self._source = source or getattr(config, "_name_or_path", None) or None
         self.name: str = self._source or getattr(config, "model_name", None) or family
 
-        front = _twin(base, {})
         blocks, norm = front.get_submodule(self._architecture.blocks), front.get_submodule(self._architecture.norm)
-        weight, bias = unembed
         self.d_vocab, self.d_model = (int(n) for n in weight.shape)
         self.n_ctx: int = _first_of(config, "max_position_embeddings", "n_ctx")
         softcap = _first_of(config, "final_logit_softcapping", "output_logits_soft_cap", default=None)
@@ -133,7 +131,7 @@ class LM:
         self.unembed = Unembedding(weight, bias, softcap)
 
         # The front keeps the embedding and everything the model computes before its blocks; blocks only take notes there.
-        self._notes: list[_Call] = []
+        self._notes = _Notes()
         self._parts = nn.ModuleDict({"blocks": blocks, "norm": norm, "unembed": self.unembed})
         front.set_submodule(
             self._architecture.blocks, nn.ModuleList([_NoteTaker(self._notes, block) for block in blocks])
@@ -253,14 +251,14 @@ class LM:
 
     def _embed(self, tokens: Tensor) -> tuple[Tensor, list["_Call"]]:
         """The stream before block 0, [B, T, D], and the arguments that each block is called with."""
-        self._notes.clear()
+        self._notes.calls = []
         front = self._parts["front"]
         if self._is_hooked:
             x = front(tokens, return_type=None, stop_at_layer=self.n_layers)
         else:
             x = front(tokens, use_cache=False, output_attentions=False, output_hidden_states=False, return_dict=True)
             x = x.last_hidden_state
-        return x, list(self._notes)
+        return x, self._notes.calls
 
     def _advance(self, x: Tensor, calls: list["_Call"], start: int, stop: int, visit: "_Visit") -> Tensor:
         """From the stream before block ``start`` to the stream before block ``stop``."""
@@ -494,19 +492,30 @@ class _Call:
         self.kwargs = kwargs
 
 
+class _Notes:
+    """The calls of one pass, and whether the model's blocks answer with a bare tensor or a tuple that starts with it."""
+
+    def __init__(self) -> None:
+        self.calls: list[_Call] = []
+        self.answers_tuple: bool | None = None
+
+
 class _NoteTaker(nn.Module):
     """Stands where a block stood: writes the call down and passes the stream on."""
 
-    def __init__(self, notes: list[_Call], block: nn.Module) -> None:
+    def __init__(self, notes: _Notes, block: nn.Module) -> None:
         super().__init__()
         self._notes = notes
-        # Models of transformers below 4.57 choose the mask by an attribute of the block.
+        self._block = [block]  # in a list: it is not a part of this module
+        # Some models of transformers below 4.57 choose the mask by an attribute of the block.
         if hasattr(block, "attention_type"):
             self.attention_type = block.attention_type
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self._notes.append(_Call(args, kwargs))
-        return x
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+        self._notes.calls.append(_Call(args, kwargs))
+        if self._notes.answers_tuple is None:
+            self._notes.answers_tuple = not isinstance(self._block[0](x, *args, **kwargs), Tensor)
+        return (x,) if self._notes.answers_tuple else x
 
 
 class _Visit:
@@ -604,20 +613,65 @@ def _load_tokenizer(source: str) -> Any:
         return None
 
 
-def _open(model: Any) -> tuple[nn.Module, Any, str, tuple[Tensor, Tensor | None]]:
-    """Base model, its configuration, the family's key in the table, and the unembedding's weight [V, D] and bias [V]."""
-    names = [c.__name__ for c in type(model).__mro__]
+class _Opened(NamedTuple):
+    """A model taken apart: all modules belong to our own tree."""
+
+    base: Any
+    """Embeds tokens, runs the blocks, applies the final norm."""
+    config: Any
+    family: str
+    """Key in the table of architectures."""
+    weight: Tensor
+    """(V, D), the unembedding."""
+    bias: Tensor | None
+    """(V,)."""
+
+
+def _open(model: Any) -> _Opened:
+    names = {c.__name__ for c in type(model).__mro__}
     if "HookedTransformer" in names:
-        return model, model.cfg, "HookedTransformer", (model.unembed.W_U.T, model.unembed.b_U)
-    if not ("PreTrainedModel" in names and hasattr(model, "get_output_embeddings")):
+        twin = _twin(model, {})
+        twin.cfg = copy.copy(model.cfg)  # it names the device, which is ours to change
+        return _Opened(twin, twin.cfg, "HookedTransformer", twin.unembed.W_U.T.contiguous(), twin.unembed.b_U)
+    bridge = model if "TransformerBridge" in names else None
+    if bridge is not None:
+        model = bridge.original_model
+    elif not ("PreTrainedModel" in names and hasattr(model, "get_output_embeddings")):
         raise ValueError(
             "model must be a name, a folder, a Hugging Face causal LM, a TransformerBridge or a HookedTransformer, "
             f"got {type(model).__name__}"
         )
-    head = model.get_output_embeddings()
+    twin = _twin(model, {})
+    if bridge is not None:
+        _undo_bridge(bridge, twin)
+    head = twin.get_output_embeddings()
     if head is None:
         raise ValueError(f"model must be a causal LM (with an unembedding), got {type(model).__name__}")
-    return model.base_model, model.config, model.config.model_type, (head.weight, getattr(head, "bias", None))
+    return _Opened(twin.base_model, twin.config, twin.config.model_type, head.weight, getattr(head, "bias", None))
+
+
+def _undo_bridge(bridge: Any, twin: Any) -> None:
+    """What the bridge changed besides wrapping modules: attention made eager, and joint QKV matrices split."""
+    if twin.config._attn_implementation == "eager" and getattr(twin, "_supports_sdpa", False):
+        config = copy.copy(twin.config)
+        config._attn_implementation = "sdpa"
+        for module in twin.modules():
+            if vars(module).get("config") is twin.config:
+                module.config = config
+        twin.config = config
+    joint = _architecture(twin.config.model_type, twin.config).joint_qkv
+    if joint is None or not getattr(bridge, "_weights_processed", False):
+        return
+    # Weight processing writes to the split matrices and leaves the joint one as it was.
+    blocks = twin.base_model.get_submodule(ARCHITECTURES[twin.config.model_type].blocks)
+    heads = twin.config.num_attention_heads if joint.by_head else 1
+    for block, bridged in zip(blocks, bridge.blocks, strict=True):
+        module = block.get_submodule(joint.module)
+        for name in ("weight", "bias"):
+            split = [getattr(getattr(bridged.attn, letter).original_component, name).detach() for letter in "qkv"]
+            rows = torch.stack([part.unflatten(0, (heads, -1)) for part in split], dim=1).flatten(0, 2)
+            is_linear = isinstance(module, nn.Linear) or name == "bias"
+            module._parameters[name] = nn.Parameter(rows if is_linear else rows.T, requires_grad=False)
 
 
 def _architecture(family: str, config: Any) -> Architecture:
@@ -629,10 +683,14 @@ def _architecture(family: str, config: Any) -> Architecture:
     return row
 
 
-def _twin(module: nn.Module, weights: dict[int, nn.Parameter]) -> Any:
+def _twin(module: Any, weights: dict[int, nn.Parameter]) -> Any:
     """A tree of the same modules without hooks, its parameters frozen and sharing storage with the original's."""
     if hasattr(module, "_hf_hook"):
         raise ValueError("model is spread over devices by accelerate (device_map): load it on one device")
+    while "_original_component" in module._modules:  # TransformerBridge wraps modules in place
+        module = module._modules["_original_component"]
+    if "forward" in vars(module):
+        raise ValueError(f"model has a patched forward method in {type(module).__name__}: load a fresh copy of it")
     twin = copy.copy(module)
     for name, value in vars(module).items():
         if "_hooks" in name and isinstance(value, dict):
@@ -659,9 +717,9 @@ def _centre_writers(front: nn.Module, blocks: Iterable[nn.Module], architecture:
     for tree, paths in trees:
         for path in paths:
             owner, _, name = path.rpartition(".")
-            module = tree.get_submodule(owner)
+            module = dict(tree.named_modules()).get(owner)
             parameter = getattr(module, name, None)
-            if parameter is not None:
+            if module is not None and parameter is not None:
                 axis = 0 if isinstance(module, nn.Linear) else -1
                 module._parameters[name] = nn.Parameter(_centred(parameter, axis), requires_grad=False)
 

@@ -25,6 +25,15 @@ class Tap(NamedTuple):
     """"input" or "output"."""
 
 
+class JointQKV(NamedTuple):
+    """One matrix for queries, keys and values."""
+
+    module: str
+    """Path of the module inside the block."""
+    by_head: bool
+    """Whether its rows go head by head (q, k, v of head 0, …) or all queries first."""
+
+
 class Architecture(NamedTuple):
     """Paths of one model family; paths of blocks, norm and embeddings start at the base model, the others at a block."""
 
@@ -44,6 +53,8 @@ class Architecture(NamedTuple):
     """TransformerLens' ``mlp.hook_post``: what the last matrix of the MLP reads."""
     writers: tuple[str, ...]
     """Parameters of a block that write to the stream; absent ones (biases) are skipped."""
+    joint_qkv: JointQKV | None = None
+    """Where queries, keys and values share a matrix."""
     parallel: str | None = None
     """Attribute of the configuration that says whether attention and MLP both read the block's input."""
 
@@ -65,6 +76,7 @@ GPT2 = Architecture(
     mlp_pre=Tap("mlp.c_fc", "output"),
     mlp_post=Tap("mlp.c_proj", "input"),
     writers=_linear("attn.c_proj", "mlp.c_proj"),
+    joint_qkv=JointQKV("attn.c_attn", by_head=False),
 )
 
 LLAMA = Architecture(
@@ -92,12 +104,13 @@ GPT_NEOX = Architecture(
     mlp_pre=Tap("mlp.dense_h_to_4h", "output"),
     mlp_post=Tap("mlp.dense_4h_to_h", "input"),
     writers=_linear("attention.dense", "mlp.dense_4h_to_h"),
+    joint_qkv=JointQKV("attention.query_key_value", by_head=True),
     parallel="use_parallel_residual",
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": GPT2,
-    "gpt_neo": GPT2._replace(writers=_linear("attn.attention.out_proj", "mlp.c_proj")),
+    "gpt_neo": GPT2._replace(writers=_linear("attn.attention.out_proj", "mlp.c_proj"), joint_qkv=None),
     "gpt_neox": GPT_NEOX,
     "llama": LLAMA,
     "mistral": LLAMA,
