@@ -16,7 +16,20 @@ torch.Size([4, 8])
 # probe then finds no usable version and leaves it alone. An exception here would break `import transformers`.
 
 from e2e_fast.kernels import reference
-from e2e_fast.kernels.reference import autoencode, decode, encode_relu, encode_topk, linear_kl
+from e2e_fast.kernels.autoencode import autoencode
+from e2e_fast.kernels.decode import decode
+from e2e_fast.kernels.density import DensityController
+from e2e_fast.kernels.encode import encode_relu, encode_topk
+from e2e_fast.kernels.linear_kl import linear_kl
 from e2e_fast.kernels.sparse_code import SparseCode
 
-__all__ = ["SparseCode", "autoencode", "decode", "encode_relu", "encode_topk", "linear_kl", "reference"]
+__all__ = [
+    "DensityController",
+    "SparseCode",
+    "autoencode",
+    "decode",
+    "encode_relu",
+    "encode_topk",
+    "linear_kl",
+    "reference",
+]
