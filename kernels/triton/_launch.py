@@ -1,8 +1,8 @@
 """What every launch shares: block sizes, dtypes, matrix products with float32 results, and the current device.
 
-Block sizes are data: ``BLOCKS[kernel][arch, dtype, size]``, where arch is ``sm_80``, ``sm_90`` or ``interpreter``, dtype
-is ``16`` or ``32`` (bits of the storage type) and size is ``narrow``, ``middle`` or ``wide`` (of a row of D numbers);
-``any`` matches everything. There is no autotuning: the same shapes give the same launch, and so the same bits.
+Block sizes are data: ``BLOCKS[kernel][arch, dtype, size]``, where arch is ``sm_80``, ``sm_90`` or ``interpreter``,
+dtype is ``16`` or ``32`` (bits of the storage type) and size is ``narrow``, ``middle`` or ``wide`` (of a row of D
+numbers); ``any`` matches everything. There is no autotuning: equal shapes give equal launches, and so equal bits.
 """
 
 import contextlib
@@ -32,8 +32,9 @@ _CODE_BACKWARD = {
 
 BLOCKS: dict[str, dict[tuple[str, str, str], dict[str, int]]] = {
     "kl_rows": {
-        ("sm_80", "any", "any"): {"BLOCK": 4096, "num_warps": 8},
-        ("sm_90", "any", "any"): {"BLOCK": 4096, "num_warps": 8},
+        # Without fused multiply-adds both softmaxes are rounded alike, and equal inputs cancel to exactly 0.
+        ("sm_80", "any", "any"): {"BLOCK": 4096, "num_warps": 8, "enable_fp_fusion": False},
+        ("sm_90", "any", "any"): {"BLOCK": 4096, "num_warps": 8, "enable_fp_fusion": False},
         ("interpreter", "any", "any"): {"BLOCK": 16},
     },
     "gather_rows": {
@@ -44,6 +45,33 @@ BLOCKS: dict[str, dict[tuple[str, str, str], dict[str, int]]] = {
         ("interpreter", "any", "any"): {"BLOCK_K": 4, "BLOCK_D": 16},
     },
     "code_backward": _CODE_BACKWARD,
+    "topk_scan": {
+        ("sm_80", "any", "any"): {"BLOCK": 2048, "num_warps": 8},
+        ("sm_90", "any", "any"): {"BLOCK": 2048, "num_warps": 8},
+        ("interpreter", "any", "any"): {"BLOCK": 32},
+    },
+    "topk_rank": {  # the size class is that of the number of candidates
+        ("sm_80", "any", "narrow"): {"BLOCK": 16, "num_warps": 4},
+        ("sm_80", "any", "middle"): {"BLOCK": 16, "num_warps": 8},
+        ("sm_90", "any", "narrow"): {"BLOCK": 16, "num_warps": 4},
+        ("sm_90", "any", "middle"): {"BLOCK": 16, "num_warps": 8},
+        ("interpreter", "any", "any"): {"BLOCK": 8},
+    },
+    "filter": {
+        ("sm_80", "any", "any"): {"BLOCK": 2048, "num_warps": 8},
+        ("sm_90", "any", "any"): {"BLOCK": 2048, "num_warps": 8},
+        ("interpreter", "any", "any"): {"BLOCK": 32},
+    },
+    "adam": {
+        ("sm_80", "any", "any"): {"BLOCK": 1024, "num_warps": 4},
+        ("sm_90", "any", "any"): {"BLOCK": 1024, "num_warps": 4},
+        ("interpreter", "any", "any"): {"BLOCK": 16},
+    },
+    "digit_histogram": {
+        ("sm_80", "any", "any"): {"BLOCK": 2048, "num_warps": 8},
+        ("sm_90", "any", "any"): {"BLOCK": 2048, "num_warps": 8},
+        ("interpreter", "any", "any"): {"BLOCK": 32},
+    },
 }
 
 
@@ -65,11 +93,11 @@ def blocks(kernel: str, like: Tensor, width: int = 1) -> dict[str, Any]:
 
 
 def lookup(kernel: str, arch: str, dtype: str, size: str) -> dict[str, int]:
-    """The most specific entry of ``BLOCKS[kernel]`` for these three keys."""
+    """The most specific entry of ``BLOCKS[kernel]`` for these three keys; multiply-adds are fused unless it says no."""
     table = BLOCKS[kernel]
     for key in ((arch, dtype, size), (arch, dtype, "any"), (arch, "any", size), (arch, "any", "any")):
         if key in table:
-            return table[key]
+            return {"enable_fp_fusion": True, **table[key]}
     raise KeyError(f"kernel {kernel!r} has no block sizes for arch {arch}, dtype {dtype}, size {size}")
 
 
@@ -122,6 +150,11 @@ def row_chunks(rows: int, bytes_per_row: int, budget: int) -> list[tuple[int, in
     pieces = max(1, triton.cdiv(rows, most))
     step = max(128, triton.cdiv(triton.cdiv(rows, pieces), 128) * 128)
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def multiple(n: int, of: int) -> int:
+    """The least multiple of ``of`` that is at least n."""
+    return -(-n // of) * of
 
 
 @triton.jit

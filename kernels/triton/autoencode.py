@@ -7,8 +7,8 @@ For every feature j and its tokens n (used slots with indices[n, k] = j), s_j = 
     dW_enc[j] = Σ_n dvalues[n, k] x_n                  db_enc[j] = Σ_n dvalues[n, k]
     dx_n = Σ_k dvalues[n, k] W_enc[j]                  a second, token-wise gather (`decode.gather_rows`)
 
-The transpose is a stable sort of the slots by feature: a feature's tokens come in ascending order, every sum has a fixed
-order, and two runs agree to the bit. One program owns a feature, so nothing is added atomically; features with
+The transpose is a stable sort of the slots by feature: a feature's tokens come in ascending order, every sum has a
+fixed order, and two runs agree to the bit. One program owns a feature, so nothing is added atomically; features with
 many tokens are launched first, so none of them is left over at the end.
 """
 
@@ -67,7 +67,8 @@ def code_backward(
         )  # fmt: skip
     dx = none
     if need_dx:
-        assert x is not None and W_enc is not None
+        assert x is not None
+        assert W_enc is not None
         dx = gather_rows(out, indices, W_enc, None, None, positive=False).to(x.dtype)
     return dW_dec, dW_enc, db_enc, out, dx
 
@@ -111,7 +112,7 @@ def code_backward_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One feature a program, BLOCK_T tokens at a time, each with its own partial sums: one reduction, after the loop."""
+    """One feature a program. BLOCK_T tokens at a time, each with its own partial sums: one reduction, at the end."""
     feature = tl.load(launch_order_ptr + tl.program_id(0)).to(tl.int64)
     first = tl.load(offsets_ptr + feature)
     last = tl.load(offsets_ptr + feature + 1)

@@ -12,7 +12,7 @@ import torch
 def poisoned_memory() -> Iterator[None]:
     """Fresh memory holds NaN (integers: garbage), so an element that no kernel wrote is seen."""
     if torch.cuda.is_available():
-        # The caching allocator hands freed blocks out again: one large block, and several of the pool for small tensors.
+        # The caching allocator hands freed blocks out again: a large one, and several of the pool for small tensors.
         poison = [torch.full((n,), torch.nan, device="cuda") for n in (1 << 26, *[1 << 17] * 16)]
         del poison
         yield

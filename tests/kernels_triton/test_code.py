@@ -13,7 +13,7 @@ NAMES = ("dW_dec", "dW_enc", "db_enc", "dvalues", "dx")
 
 
 def problem(generator, dtype, N=7, D=19, F=13, K=5):
-    """A code with unused slots (zero and negative values), an empty row and features without tokens; weights; x; g; dvalues."""
+    """A code with unused slots (zero, negative), an empty row, features without tokens; weights; x; g; dvalues."""
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
