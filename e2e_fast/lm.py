@@ -42,7 +42,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from e2e_fast import kernels
+from e2e_fast import embedded, kernels
 from e2e_fast.lm_architectures import ARCHITECTURES, Architecture, Tap
 
 Replacement = Tensor | Callable[[Tensor], Tensor]
@@ -72,7 +72,7 @@ def load_lm(
 ) -> "LM":
     """A frozen LM from anything that holds one.
 
-    model: a Hugging Face name or folder (loaded in float32 unless ``dtype`` says otherwise), a Hugging Face causal LM, a
+    model: ``embedded``, a Hugging Face name or folder (loaded in float32 unless ``dtype`` says otherwise), a Hugging Face causal LM, a
     TransformerLens ``TransformerBridge`` (3.x, 4.x) or ``HookedTransformer`` (below 4), or an ``LM`` (returned as it is).
     processing: "transformer_lens" gives the activations and logits of TransformerLens' processed models: LayerNorm models
     have the weights that write to the residual stream centred, and models without a logit soft-cap their unembedding
@@ -89,7 +89,7 @@ def load_lm(
         return model if device is None else model.to(device)
     source = None
     if isinstance(model, str | os.PathLike):
-        source = ALIASES.get(str(model), str(model))
+        source = embedded.path() if str(model) == "embedded" else ALIASES.get(str(model), str(model))
         if source.startswith("pythia-"):
             source = f"EleutherAI/{source}"
         model = _from_pretrained(source, dtype or torch.float32)

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from e2e_fast import kernels
-from e2e_fast.kernels import SparseCode
+from e2e_fast.kernels import DensityController, SparseCode
+from e2e_fast.kernels.density import default_limit
 
 if TYPE_CHECKING:
     from e2e_fast.lm import LM
@@ -43,35 +44,34 @@ class SAEActs:
     """[..., d_in] the activation that arrived."""
     output: Tensor
     """[..., d_in] its reconstruction."""
-    code: SparseCode | Tensor
-    """The codes of the flattened batch: sparse, or a dense (N, d_sae) matrix."""
+    code: SparseCode
+    """The codes of the N flattened tokens. While most features fire K = d_sae and slot j is feature j."""
     d_sae: int
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether slot j of every token is feature j."""
+        return self.code.values.shape[1] == self.d_sae and self.code.indices.stride(0) == 0
 
     @property
     def c(self) -> Tensor:
         """[..., d_sae] dense codes."""
-        dense = self.code.to_dense(self.d_sae) if isinstance(self.code, SparseCode) else self.code
+        dense = self.code.values if self.is_dense else self.code.to_dense(self.d_sae)
         return dense.view(*self.input.shape[:-1], self.d_sae)
-
-    @property
-    def values(self) -> Tensor:
-        """(N, K) or (N, d_sae): the codes with some or all of their zeros."""
-        return self.code.values if isinstance(self.code, SparseCode) else self.code
 
     def norm(self, p: float) -> Tensor:
         """(N,) ‖c‖_p of every token."""
-        return self.values.sum(-1) if p == 1 else torch.linalg.vector_norm(self.values, ord=p, dim=-1)
+        values = self.code.values
+        return values.sum(-1) if p == 1 else torch.linalg.vector_norm(values, ord=p, dim=-1)
 
     def l0(self) -> Tensor:
         """(N,) active features of every token."""
-        return (self.values.detach() > 0).sum(-1)
+        return self.code.count
 
     def counts(self) -> Tensor:
         """(d_sae,) int64: on how many tokens each feature fires."""
-        if not isinstance(self.code, SparseCode):
-            return (self.code.detach() > 0).sum(0)
         used = self.code.values.detach() > 0
-        return torch.bincount(self.code.indices[used], minlength=self.d_sae)
+        return used.sum(0) if self.is_dense else torch.bincount(self.code.indices[used], minlength=self.d_sae)
 
 
 class SAE(nn.Module):
@@ -86,6 +86,7 @@ class SAE(nn.Module):
         if k is not None:
             kernels.reference.check_k(k, d_sae)
         self.d_in, self.d_sae, self.k = d_in, d_sae, k
+        self.density = DensityController(default_limit(d_sae))
         if init == "e2e_sae":
             encoder, decoder = nn.Linear(d_in, d_sae), nn.Linear(d_sae, d_in)
             W_dec = nn.init.orthogonal_(decoder.weight.detach().T)
@@ -98,8 +99,9 @@ class SAE(nn.Module):
 
     def forward(self, x: Tensor) -> SAEActs:
         """Encode and decode activations [..., d_in]."""
+        flat = x.reshape(-1, self.d_in)
         output, code = kernels.autoencode(
-            x.reshape(-1, self.d_in), self.W_enc, self.b_enc, self.W_dec, self.b_dec, k=self.k
+            flat, self.W_enc, self.b_enc, self.W_dec, self.b_dec, k=self.k, density=self.density
         )
         return SAEActs(x, output.view_as(x), code, self.d_sae)
 

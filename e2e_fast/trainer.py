@@ -308,7 +308,7 @@ class Trainer:
             extra.update({f"frequency.{p}": c for p, c in self.frequency.counts.items()})
         checkpoint.save_resume(
             self.folder, self.samples, self.optimizer, list(self.parameters), extra,
-            {"counters": counters, "data": self.batches.state_dict()},
+            {"counters": counters, "data": self.batches.state_dict(), "density": {p: s.density.sparse for p, s in self.saes.items()}},
         )  # fmt: skip
         checkpoint.keep_last(self.folder, "resume", 2)
         self._last_checkpoint = path
@@ -340,6 +340,8 @@ class Trainer:
         for name, value in counters.items():
             setattr(self, name, value)
         self.batches.load_state_dict(state["data"])
+        for position, sparse in state["density"].items():
+            self.saes[position].density.sparse = sparse
         torch.set_rng_state(extra["rng"])
         self._last_checkpoint = folder / f"samples_{samples}.safetensors"
 
@@ -389,7 +391,9 @@ class Trainer:
             data,
             config.batch_size,
             seed=seed if data.seed is None else data.seed,
-            tokens=None if tokens is None else torch.as_tensor(tokens),
+            tokens=tokens,
+            # Without n_samples a run ends with its data; an evaluation always does.
+            repeat=split == "train" and tokens is None and config.n_samples is not None,
             tokenizer=None if tokens is not None else self.lm.tokenizer,
             vocab_size=self.lm.d_vocab,
         )
