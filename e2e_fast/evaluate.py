@@ -1,4 +1,4 @@
-"""How well SAEs preserve a language model: losses, sparsity, downstream reconstruction and cross-entropy, without training.
+"""How well SAEs preserve a language model: losses, sparsity, downstream reconstruction and cross-entropy.
 
 As in e2e_sae's evaluation, KL and the MSE at later residual streams are measured even where they are not trained on;
 means over batches are weighted by their tokens.

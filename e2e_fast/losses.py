@@ -4,7 +4,7 @@ With N tokens, d the width of the SAE's input, a_i the activation at position i 
 
     sparsity      mean_N ‖c‖_p / d                                  every kind
     out_to_in     mean_{N,d} (x̂ - x)²                               local: reconstruct the input
-    out_to_orig   mean_{N,d} (x̂ - x_original)²                      differs from out_to_in when an earlier SAE is inserted
+    out_to_orig   mean_{N,d} (x̂ - x_original)²                      differs from out_to_in behind another SAE
     in_to_orig    Σ_i mean_{N,d} (a_i - a_i,original)² / |i|        downstream: later layers stay as they were
     logits_kl     mean_N KL(p_original ‖ p_spliced), in nats        e2e: the output stays as it was
 

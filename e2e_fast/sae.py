@@ -182,8 +182,8 @@ def load_e2e_sae(saes: Mapping[str, SAE], state: Mapping[str, Tensor], *, strict
             tensor = tensor.T if ours == "W_dec" else tensor
             if tensor.shape != parameter.shape:
                 raise ValueError(
-                    f"{key} has shape {list(tensor.shape)} ({ours}), the SAE at {position} needs {list(parameter.shape)}: "
-                    "the weights are of another model, position or dictionary size"
+                    f"{key} has shape {list(tensor.shape)} ({ours}), the SAE at {position} needs "
+                    f"{list(parameter.shape)}: the weights are of another model, position or dictionary size"
                 )
             parameter.copy_(tensor)
             covered[position] = None

@@ -20,7 +20,6 @@ The Trainer calls this once a micro-batch; so can any other loop.
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from torch import Tensor
 
 from e2e_fast.losses import LossConfig, compute_loss

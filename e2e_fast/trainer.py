@@ -1,7 +1,7 @@
 """The training loop: batches → `step.training_step` → clip → Adam, with schedule, logs, evaluation and checkpoints.
 
-With default settings a run gives e2e_sae's numbers: initialisation, losses, learning rate, Adam, clipping and the steps at
-which things are logged. Counts are in sequences ("samples"); an optimizer step takes ``effective_batch_size`` of them.
+With default settings a run gives e2e_sae's numbers: initialisation, losses, learning rate, Adam, clipping and the
+steps at which things are logged. Counts are in sequences ("samples"); an optimizer step takes ``effective_batch_size`` of them.
 
 >>> import e2e_fast                                                            # doctest: +SKIP
 >>> run = e2e_fast.train("e2e.yaml")                                           # doctest: +SKIP
@@ -60,11 +60,11 @@ def train(
 ) -> Run:
     """Trains SAEs as ``config`` says: a YAML file, a mapping or a Config.
 
-    ``lm`` (anything `load_lm` takes), ``tokens`` [samples, T] (taken in order, no tokenizer needed) and ``init`` (weights
-    under e2e_sae's keys) replace what the configuration names. ``resume`` is a run folder to go on with.
+    ``lm`` (anything `load_lm` takes), ``tokens`` [samples, T] (taken in order, no tokenizer needed) and ``init``
+    (weights under e2e_sae's keys) replace what the configuration names. ``resume`` is a run folder to go on with.
 
-    Raises ConfigError, ValueError and FileNotFoundError before anything is trained; TrainingStopped when the loss is not
-    finite; CheckpointError when a checkpoint cannot be written.
+    Raises ConfigError, ValueError and FileNotFoundError before anything is trained; TrainingStopped when the loss is
+    not finite; CheckpointError when a checkpoint cannot be written.
     """
     return Trainer(config, lm, tokens, init, resume=resume, quiet=quiet).fit()
 
@@ -292,7 +292,7 @@ class Trainer:
     # ------------------------------------------------------------------ checkpoints
 
     def save(self) -> Path | None:
-        """Writes configuration, weights and resume state; returns the weight file. Older files stay until it is whole."""
+        """Writes configuration, weights and resume state; returns the weight file. Older files stay until then."""
         if self.folder is None:
             return None
         state = to_e2e_sae(self.saes)
@@ -308,7 +308,11 @@ class Trainer:
             extra.update({f"frequency.{p}": c for p, c in self.frequency.counts.items()})
         checkpoint.save_resume(
             self.folder, self.samples, self.optimizer, list(self.parameters), extra,
-            {"counters": counters, "data": self.batches.state_dict(), "density": {p: s.density.sparse for p, s in self.saes.items()}},
+            {
+                "counters": counters,
+                "data": self.batches.state_dict(),
+                "density": {position: sae.density.sparse for position, sae in self.saes.items()},
+            },
         )  # fmt: skip
         checkpoint.keep_last(self.folder, "resume", 2)
         self._last_checkpoint = path

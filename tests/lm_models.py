@@ -50,7 +50,7 @@ def random_model(family: str, **changes: Any) -> Any:
     model = getattr(transformers, model_class)(config)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
-        scale = 0.3 if parameter.ndim == 1 or "emb" in name or "w" == name[-9:-8] else 1.5 * parameter.shape[-1] ** -0.5
+        scale = 0.3 if parameter.ndim == 1 or "emb" in name or name[-9:-8] == "w" else 1.5 * parameter.shape[-1] ** -0.5
         noise = torch.randn(parameter.shape, generator=generator) * scale
         is_gain = parameter.ndim == 1 and name.endswith("weight") and "gemma" not in family
         parameter.data.copy_(noise + 1 if is_gain else noise)
@@ -148,7 +148,7 @@ def hooked_transformer(model: Any, processed: bool = True) -> Any:
 
     lens = HookedTransformer(HookedTransformerConfig(**settings))
     flags = dict.fromkeys(("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"), processed)
-    if "gemma2" == c.model_type:
+    if c.model_type == "gemma2":
         flags["center_unembed"] = False  # as HookedTransformer.from_pretrained does where logits are soft-capped
     lens.load_and_process_state_dict(to_lens(model, lens.cfg), **flags)
     return lens.eval()

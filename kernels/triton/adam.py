@@ -11,7 +11,6 @@ decoder's normalisation needs no pass of its own.
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
