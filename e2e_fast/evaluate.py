@@ -38,7 +38,8 @@ def evaluate(
     tokens: [samples, T], or an iterable of [B, T] batches. ``loss`` is the training loss, whose other terms are then
     reported too. Raises ValueError when there is no batch.
     """
-    loss = evaluation_loss(loss or losses.e2e(sparsity=0.0), model.lm, list(model.by_position))
+    loss = losses.with_full_names(loss or losses.e2e(sparsity=0.0), model.lm.positions())
+    loss = evaluation_loss(loss, model.lm, list(model.by_position))
     return evaluate_saes(model.lm, model.by_position, loss, batches_of(tokens, batch_size))
 
 
