@@ -2,7 +2,7 @@
 
     python docs/own_loop.py gpt2 corpus.txt --position blocks.6.hook_resid_pre --downstream blocks.8.hook_resid_pre
 
-The SAE below is nobody's library: swap in yours. Any function of the activation that returns its reconstruction will do.
+The SAE below is nobody's library: swap in yours. Any function from an activation to its reconstruction will do.
 """
 
 import argparse

@@ -155,3 +155,13 @@ def hooked_transformer(model: Any, processed: bool = True) -> Any:
         flags["center_unembed"] = False  # as HookedTransformer.from_pretrained does where logits are soft-capped
     lens.load_and_process_state_dict(to_lens(model, lens.cfg), **flags)
     return lens.eval()
+
+
+def bridge(model: Any, processed: bool = False) -> Any:
+    """TransformerLens' TransformerBridge around the model, which it wraps in place."""
+    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+
+    bridged = build_bridge_from_module(model, type(model).__name__, hf_config=model.config)
+    if processed:
+        bridged.enable_compatibility_mode()
+    return bridged
