@@ -271,7 +271,7 @@ class _Array:
         return self._end - self._first
 
     def items(self, epoch: int, start: int) -> Iterator[int]:
-        return iter((self._first + self._order(len(self), epoch)[start:]).tolist())
+        return map(int, self._first + self._order(len(self), epoch)[start:])
 
     def stack(self, items: list[int]) -> np.ndarray:
         out = np.empty((len(items), self.n_ctx), dtype=np.int64)
@@ -283,7 +283,8 @@ class _Array:
 
 
 class _Dataset:
-    """Windows of a Hugging Face dataset, as they are read. Resuming reads again from the epoch's start and discards."""
+    """Windows of a Hugging Face dataset, as they are read. Resuming reads again from the epoch's start and discards:
+    slower than the dataset's own state, which forgets what its shuffle buffer holds in many versions."""
 
     def __init__(self, name: str, dataset: Any, config: DatasetConfig, tokenizer: Any, order: _Order) -> None:
         self.name, self.n_ctx = name, config.n_ctx
@@ -345,7 +346,7 @@ class _Dataset:
         return ids
 
 
-def open_source(config: DatasetConfig, tokenizer: Any, order: "_Order") -> "_Source":
+def open_source(config: DatasetConfig, tokenizer: Any, order: _Order) -> _Source:
     """The source that `config.dataset_name` names. Reads and tokenises text files at once; arrays stay on disk."""
     name, path = config.dataset_name, Path(config.dataset_name).expanduser()
     if name == EMBEDDED:
