@@ -84,7 +84,10 @@ def test_an_unused_row_still_moves_by_its_momentum(generator):
     [
         ({"step": 0}, "step must count from 1, got 0"),
         ({"grad": torch.zeros(3, 2)}, r"grad must have param's shape \(2, 3\), got \(3, 2\)"),
-        ({"exp_avg": torch.zeros(3, 2).t()}, r"exp_avg is updated in place and must be contiguous, got strides \(1, 2\)"),
+        (
+            {"exp_avg": torch.zeros(3, 2).t()},
+            r"exp_avg is updated in place and must be contiguous, got strides \(1, 2\)",
+        ),
         ({"inverse_norms": torch.zeros(3)}, r"inverse_norms must have shape \(2,\), got \(3,\)"),
     ],
 )
