@@ -1,0 +1,33 @@
+"""The one place that loads the compiled core ``e2e_fast._C``.
+
+Everything works without it, through torch and several times slower; the first operator that misses it says so, once.
+"""
+
+import functools
+import importlib
+import warnings
+from types import ModuleType
+
+
+@functools.cache
+def native() -> ModuleType | None:
+    """The compiled core, or None where it was not built (warns once)."""
+    try:
+        return importlib.import_module("e2e_fast._C")
+    except ImportError as error:
+        warnings.warn(
+            f"e2e_fast._C is missing ({error}): the CPU operators run through torch, several times slower. "
+            "Build it with `python setup.py build_ext --inplace`, or reinstall with a C++ compiler present.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def native_missing() -> str | None:
+    """Why the compiled core cannot be loaded, or None when it can; warns of nothing."""
+    try:
+        importlib.import_module("e2e_fast._C")
+    except ImportError as error:
+        return str(error)
+    return None
