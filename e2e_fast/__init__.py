@@ -39,7 +39,30 @@ _HOME = {
 }
 _MODULES = ("kernels", "losses", "embedded", "compare")
 
-__all__ = ["__version__", *_HOME, *_MODULES]
+__all__ = [
+    "SAE",
+    "Config",
+    "ConfigError",
+    "E2EDownstreamTrainer",
+    "E2ETrainer",
+    "LocalTrainer",
+    "LossConfig",
+    "Matching",
+    "Run",
+    "SAETransformer",
+    "Trainer",
+    "TrainingStopped",
+    "__version__",
+    "compare",
+    "embedded",
+    "evaluate",
+    "kernels",
+    "load_config",
+    "load_lm",
+    "losses",
+    "match_dictionaries",
+    "train",
+]
 
 if TYPE_CHECKING:
     from e2e_fast import compare, embedded, kernels, losses

@@ -47,14 +47,16 @@ BLOCKS: dict[str, dict[tuple[str, str, str], dict[str, int]]] = {
     "code_backward": _CODE_BACKWARD,
     "topk_scan": {
         ("sm_80", "any", "any"): {"BLOCK": 2048, "num_warps": 8},
-        ("sm_90", "any", "any"): {"BLOCK": 2048, "num_warps": 8},
+        ("sm_90", "any", "any"): {"BLOCK": 2048, "num_warps": 16},
         ("interpreter", "any", "any"): {"BLOCK": 32},
     },
-    "topk_rank": {  # the size class is that of the number of candidates
+    "topk_rank": {  # the size class is that of 8 × CAPACITY
         ("sm_80", "any", "narrow"): {"BLOCK": 16, "num_warps": 4},
         ("sm_80", "any", "middle"): {"BLOCK": 16, "num_warps": 8},
+        ("sm_80", "any", "wide"): {"BLOCK": 4, "num_warps": 16},
         ("sm_90", "any", "narrow"): {"BLOCK": 16, "num_warps": 4},
         ("sm_90", "any", "middle"): {"BLOCK": 16, "num_warps": 8},
+        ("sm_90", "any", "wide"): {"BLOCK": 4, "num_warps": 16},
         ("interpreter", "any", "any"): {"BLOCK": 8},
     },
     "filter": {

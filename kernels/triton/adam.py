@@ -4,14 +4,13 @@
     m ← m + (1 - β₁)(g - m)            v ← β₂ v + (1 - β₂) g²
     p ← p - lr / (1 - β₁ᵗ) · m / (√v / √(1 - β₂ᵗ) + ε)
 
-The semantics of ``torch.optim.Adam``, up to the order of rounding. Per parameter 28 bytes are moved in float32 (grad, p, m, v
-read; p, m, v written) and 2 more for the bfloat16 copy. A row is in registers once, so 1/‖row‖ costs nothing: the
+The semantics of ``torch.optim.Adam``, up to the order of rounding. Per parameter 28 bytes are moved in float32 (grad,
+p, m, v read; p, m, v written) and 2 more for the bfloat16 copy. A row is in registers once, so 1/‖row‖ costs nothing: the
 decoder's normalisation needs no pass of its own.
 """
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -37,10 +36,10 @@ def adam_step(
     """Updates param, exp_avg and exp_avg_sq in place, and fills ``inverse_norms`` and ``shadow`` where they are given.
 
     param, grad, exp_avg, exp_avg_sq (F, D), or (F,), which counts as one row; all but grad contiguous and of one
-    dtype. ``step`` counts from 1: the number of this update. ``clip_coefficient`` (1,) or () scales the gradient and stays
-    on the device, as `torch.nn.utils.clip_grad_norm_` computes it: min(1, max_norm / ‖all gradients‖). ``inverse_norms``
-    (F,) float32 receives 1 / max(‖new row‖, 1e-12); ``shadow``, shaped like param, its rounded copy. Raises ValueError for
-    a step below 1 and for tensors that do not fit.
+    dtype. ``step`` counts from 1: the number of this update. ``clip_coefficient`` (1,) or () scales the gradient and
+    stays on the device, as `torch.nn.utils.clip_grad_norm_` computes it: min(1, max_norm / ‖all gradients‖).
+    ``inverse_norms`` (F,) float32 receives 1 / max(‖new row‖, 1e-12); ``shadow``, shaped like param, its rounded copy.
+    Raises ValueError for a step below 1 and for tensors that do not fit.
     """
     if step < 1:
         raise ValueError(f"step must count from 1, got {step}")
@@ -63,7 +62,8 @@ def adam_step(
         pieces = 1 if inverse_norms is not None else triton.cdiv(D, options["BLOCK"])
         adam_kernel[(rows, pieces)](
             param, grad.contiguous(), exp_avg, exp_avg_sq, clip_coefficient, inverse_norms, shadow, D,
-            lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), 1 - beta1, beta2, 1 - beta2, eps, weight_decay, NORM_EPS,
+            lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), 1 - beta1, beta2, 1 - beta2, eps, weight_decay,
+            NORM_EPS,
             ACC=tl_accumulator(param.dtype), **options,
         )  # fmt: skip
 

@@ -5,12 +5,12 @@
     relu      z > 0          jump_relu   z > θ_j         batch_topk   z ≥ τ, τ the (k·N)-th largest of the whole batch
 
 **Selection.** Positive floats order as the integers that their bits spell, so a score becomes a key: its bits if z > 0,
-else 0; NaN the greatest. A row is read twice. First each lane keeps the maximum of its strided share; the k-th largest of
-these maxima, found bit by bit, is a lower bound t of the k-th largest score, because the lanes are disjoint. Then every
-key ≥ t, about k of them, is written to a list, and a second kernel ranks the list by counting. A row whose list
+else 0; NaN the greatest. A row is read twice. First each lane keeps the maximum of its strided share; the k-th largest
+of these maxima, found bit by bit, is a lower bound t of the k-th largest score, because the lanes are disjoint. Then
+every key ≥ t, about k of them, is written to a list, and a second kernel ranks the list by counting. A row whose list
 would not hold its survivors (many ties, or winners that share lanes) is settled on the spot: the exact k-th key, bit by
-bit over the row, then the keys above it and the first of those equal to it. No atomics, no host round trip, and the same
-bits on every run.
+bit over the row, then the keys above it and the first of those equal to it. No atomics, no host round trip, and the
+same bits on every run.
 
 **Filter.** Survivors of the threshold are compacted in ascending index; rows keep their first ``capacity`` and report
 their true count.
@@ -47,7 +47,8 @@ def encode_topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> Code:
     """relu of the k largest entries of ``x @ weight.T + bias``: values (N, k), indices (N, k) int32, count (N,) int32.
 
     x (N, D), weight (F, D), bias (F,). Values, in the promoted dtype of x and weight, descend; equal ones come in
-    ascending index; unused slots are 0 with index 0. Scores are float32 (float64 for float64 inputs), the selection exact.
+    ascending index; unused slots are 0 with index 0. Scores are float32 (float64 for float64 inputs), the selection is
+    exact.
     """
     values, indices, count = _empty_code(x, weight, k)
     with on(x):
@@ -57,7 +58,7 @@ def encode_topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> Code:
 
 
 def encode_relu(x: Tensor, weight: Tensor, bias: Tensor | None, capacity: int) -> Code:
-    """The positive entries of ``x @ weight.T + bias``: values, indices (N, capacity), ascending index, and the true count.
+    """The positive entries of ``x @ weight.T + bias``: values, indices (N, capacity) by ascending index, true count (N,).
 
     ``capacity = -1`` makes room for the fullest row, which waits for the GPU.
     """
@@ -109,7 +110,7 @@ def _float_of(key: Tensor, dtype: torch.dtype) -> Tensor:
     return key.to(torch.int64 if dtype == torch.float64 else torch.int32).view(dtype)
 
 
-# --- TopK -------------------------------------------------------------------------------------------------------------
+# --- TopK -----------------------------------------------------------------------------------------------------------
 
 
 def _select(z: Tensor, bias: Tensor | None, k: int, values: Tensor, indices: Tensor, count: Tensor) -> None:
@@ -128,7 +129,7 @@ def _select(z: Tensor, bias: Tensor | None, k: int, values: Tensor, indices: Ten
     )  # fmt: skip
     topk_rank_kernel[(C,)](
         keys, columns, found, values, indices, count, k,
-        VALUE=tl_accumulator(z.dtype), CAPACITY=capacity, **blocks("topk_rank", z, capacity),
+        VALUE=tl_accumulator(z.dtype), CAPACITY=capacity, **blocks("topk_rank", z, 8 * capacity),
     )  # fmt: skip
 
 
@@ -219,7 +220,7 @@ def topk_rank_kernel(
     CAPACITY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row a program: a survivor's place is the number of survivors before it (greater, or equal and of lower index)."""
+    """One row a program: a survivor's place is the number of those before it (greater, or equal and of lower index)."""
     row = tl.program_id(0).to(tl.int64)
     keys_ptr += row * CAPACITY
     columns_ptr += row * CAPACITY
@@ -255,7 +256,7 @@ def _keys(z_ptr, bias_ptr, cols, F):
     return tl.where(z != z, 0x7FFFFFFF, tl.where(z > 0, z.to(tl.int32, bitcast=True), 0))
 
 
-# --- Filter -----------------------------------------------------------------------------------------------------------
+# --- Filter ---------------------------------------------------------------------------------------------------------
 
 
 def _encode_filtered(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor | None, capacity: int) -> Code:
@@ -335,7 +336,7 @@ def filter_kernel(
         tl.store(indices_ptr + slot, tl.zeros((BLOCK,), tl.int32), mask=slot < capacity)
 
 
-# --- The k-th largest of a matrix ---------------------------------------------------------------------------------------
+# --- The k-th largest of a matrix -----------------------------------------------------------------------------------
 
 DIGIT_BITS = 8
 
@@ -343,8 +344,8 @@ DIGIT_BITS = 8
 def kth_key(z: Tensor, bias: Tensor | None, k: int) -> Tensor:
     """Key (1,) int64 of the k-th largest positive entry of the whole of z (C, F) plus bias; 0 when fewer are positive.
 
-    Radix selection: a histogram of the leading digit of all keys tells the digit of the k-th; then the next digit, among
-    the keys that share the ones before. Integer counts, so the order of the additions does not matter; all on the device.
+    Radix selection: a histogram of the leading digit of all keys tells the digit of the k-th; then the next digit,
+    among the keys that share the ones before. Integer counts, so the order of additions does not matter.
     """
     C, F = z.shape
     bits = 8 * z.element_size()
