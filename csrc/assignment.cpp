@@ -387,7 +387,7 @@ void merge_rows(const Graph& g, const Pair* pair, const double* value, int64_t p
   }
 }
 
-std::vector<int32_t> greedy(const Graph& g) {
+std::vector<int32_t> greedy(const Graph& g, const double* row_bound, const double* col_bound) {
   struct Edge {
     double value;
     int32_t row, col;
@@ -402,12 +402,18 @@ std::vector<int32_t> greedy(const Graph& g) {
     return x.row != y.row ? x.row < y.row : x.col < y.col;
   });
   std::vector<int32_t> match(g.rows, -1);
-  std::vector<uint8_t> taken(g.cols, 0);
-  for (const Edge& edge : edges)
-    if (match[edge.row] < 0 && !taken[edge.col]) {
+  enum : uint8_t { open, taken, undecided };
+  std::vector<uint8_t> row_state(g.rows, open), col_state(g.cols, open);
+  for (const Edge& edge : edges) {
+    uint8_t &row = row_state[edge.row], &col = col_state[edge.col];
+    if (row == taken || col == taken) continue;
+    if (row == open && col == open && edge.value > row_bound[edge.row] && edge.value > col_bound[edge.col]) {
       match[edge.row] = edge.col;
-      taken[edge.col] = 1;
+      row = col = taken;
+    } else {
+      row = col = undecided;  // this pair may yet be taken, so nothing after it can be
     }
+  }
   return match;
 }
 

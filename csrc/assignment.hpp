@@ -57,7 +57,9 @@ void build_rows(const Pair* pair, int64_t pairs, int64_t rows, std::vector<int64
 void merge_rows(const Graph& graph, const Pair* pair, const double* value, int64_t pairs, std::vector<int64_t>& start,
                 std::vector<int32_t>& col, std::vector<double>& merged);
 
-/// Pairs taken greedily: by falling value, then row, then column, each if both of its sides are free. −1: none left.
-std::vector<int32_t> greedy(const Graph& graph);
+/// Pairs taken greedily: by falling value, then row, then column, each if both of its sides are free; −1: none. Pairs
+/// outside the graph have values of at most row_bound[i] and col_bound[j]: a pair that does not beat both is left
+/// undecided, as is whatever depends on it.
+std::vector<int32_t> greedy(const Graph& graph, const double* row_bound, const double* col_bound);
 
 }  // namespace e2e

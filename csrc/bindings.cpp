@@ -308,16 +308,19 @@ static void bind_assignment(py::module_& m) {
       py::arg("price"), py::arg("tolerance"));
   m.def(
       "greedy",
-      [](const Array<int64_t>& start, const Array<int32_t>& col, const Array<double>& value, int64_t cols) {
+      [](const Array<int64_t>& start, const Array<int32_t>& col, const Array<double>& value, int64_t cols,
+         const Array<double>& row_bound, const Array<double>& col_bound) {
         const Graph g = as_graph(start, col, value, cols);
+        if (row_bound.size() != g.rows || col_bound.size() != g.cols)
+          throw std::invalid_argument("row_bound and col_bound must fit the graph");
         std::vector<int32_t> match;
         {
           py::gil_scoped_release release;
-          match = greedy(g);
+          match = greedy(g, row_bound.data(), col_bound.data());
         }
         return hand_over(std::move(match));
       },
-      py::arg("start"), py::arg("col"), py::arg("value"), py::arg("cols"));
+      py::arg("start"), py::arg("col"), py::arg("value"), py::arg("cols"), py::arg("row_bound"), py::arg("col_bound"));
 }
 
 PYBIND11_MODULE(_C, m) {

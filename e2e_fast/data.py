@@ -141,7 +141,7 @@ class TokenBatches:
             self._source = open_source(config, tokenizer, _Order(seed, shuffle))
         self._vocab_size, self._prefetch, self._pin_memory = vocab_size, prefetch, pin_memory
         if isinstance(self._source, _Array) and self._source.in_memory:
-            _check_ids(self._source.ids, vocab_size)
+            _check_ids(self._source.name, self._source.ids, vocab_size)
         self._position = (0, 0)
         self._running: weakref.ref[Any] | None = None
 
@@ -200,7 +200,7 @@ class TokenBatches:
 
         def mine(items: list[Any]) -> Tensor:
             ids = source.stack(items[self.rank * self.batch_size : (self.rank + 1) * self.batch_size])
-            _check_ids(ids, self._vocab_size)
+            _check_ids(source.name, ids, self._vocab_size)
             batch = torch.from_numpy(ids)
             return batch.pin_memory() if pin_memory else batch
 
@@ -510,11 +510,11 @@ def _check_array(name: str, ids: np.ndarray) -> None:
         raise ValueError(f"{name} must hold integer token ids, got {ids.dtype}")
 
 
-def _check_ids(ids: np.ndarray, vocab_size: int | None) -> None:
+def _check_ids(name: str, ids: np.ndarray, vocab_size: int | None) -> None:
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or (vocab_size is not None and high >= vocab_size):
         end = "∞" if vocab_size is None else vocab_size
-        raise ValueError(f"token ids must lie in [0, {end}), the vocabulary, got {low if low < 0 else high}")
+        raise ValueError(f"token ids in {name} must lie in [0, {end}), the vocabulary, got {low if low < 0 else high}")
 
 
 def _kind(value: Any) -> str:

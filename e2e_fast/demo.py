@@ -16,7 +16,7 @@ from rich.table import Table
 
 from e2e_fast import embedded
 from e2e_fast.config import Config, load_config
-from e2e_fast.evaluate import evaluate
+from e2e_fast.evaluation import evaluate
 from e2e_fast.lm import LM, load_lm
 from e2e_fast.measure import PeakMemory
 from e2e_fast.report import pareto

@@ -334,6 +334,8 @@ class LM:
         if len(calls) != self.n_layers or x.shape != (1, 2, self.d_model):
             raise ValueError(f"{self.name} does not run its blocks one after the other, as its family should")
         whole = _tensor(self._blocks[0](x, *calls[0].args, **calls[0].kwargs))
+        if not torch.isfinite(whole).all():
+            raise ValueError(f"{self.name} gives NaN or infinity for its first token: its weights are damaged")
         visit = _Visit(name for name in self._order if name.startswith("blocks.0."))
         parts = self._advance(visit("blocks.0.hook_resid_pre", x), calls, 0, 1, visit)
         if not torch.allclose(whole, parts, rtol=0, atol=2e-2 * float(whole.abs().max())):

@@ -22,7 +22,7 @@ from torch import Tensor
 from e2e_fast import checkpoint, losses
 from e2e_fast.config import Config, load_config
 from e2e_fast.data import TokenBatches
-from e2e_fast.evaluate import evaluate, evaluate_saes, evaluation_loss
+from e2e_fast.evaluation import evaluate, evaluate_saes, evaluation_loss
 from e2e_fast.lm import load_lm
 from e2e_fast.log import ConsoleLog, JsonlLog, Log, WandbLog
 from e2e_fast.losses import LossConfig

@@ -271,7 +271,7 @@ def test_an_error_while_reading_is_raised_in_the_loop(tmp_path: Path):
     iterator = iter(TokenBatches(config(tmp_path / "ids.bin"), batch_size=2, vocab_size=100))
     good = [next(iterator) for _ in range(3)]
     assert torch.cat(good).max() == 47
-    with pytest.raises(ValueError, match=r"token ids must lie in \[0, 100\).*got 999"):
+    with pytest.raises(ValueError, match=r"token ids in .*ids.bin must lie in \[0, 100\).*got 999"):
         next(iterator)
     assert data_threads() == []
 
@@ -458,6 +458,20 @@ def test_datasets_resume_with_exactly_the_next_batch(hub_folder: Path, streaming
     assert torch.equal(take(second, 6), straight[consumed * 6 :])
 
 
+def test_ranks_share_a_dataset_and_a_short_row_is_raised_in_the_loop(hub_folder: Path, tmp_path: Path):
+    source = config(hub_folder / "documents.jsonl", tokenizer_name="embedded", is_tokenized=False, shuffle=True)
+    whole = take(TokenBatches(source, 4), 10).reshape(10, 4, 8)
+    parts = [take(TokenBatches(source, 2, rank=rank, world_size=2), 10).reshape(10, 2, 8) for rank in range(2)]
+    assert torch.equal(torch.cat(parts, dim=1), whole)
+
+    rows = [{"input_ids": list(range(n))} for n in (8, 8, 8, 5)]
+    (tmp_path / "short.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    iterator = iter(TokenBatches(config(tmp_path / "short.jsonl"), 2))
+    assert next(iterator).tolist() == [list(range(8))] * 2
+    with pytest.raises(ValueError, match=r"n_ctx must be at most 5, the length of a row of dataset .*short\.jsonl"):
+        next(iterator)
+
+
 def test_a_folder_of_files_is_a_dataset(hub_folder: Path, tmp_path: Path, rows: np.ndarray):
     import shutil
 
@@ -530,7 +544,7 @@ def test_arrays_that_hold_no_token_ids_are_refused(tmp_path: Path):
 
 
 def test_ids_outside_the_vocabulary_are_refused(npy: Path, rows: np.ndarray):
-    with pytest.raises(ValueError, match=r"must lie in \[0, 319\), the vocabulary, got 319"):
+    with pytest.raises(ValueError, match=r"token ids in tokens must lie in \[0, 319\), the vocabulary, got 319"):
         TokenBatches(None, 2, tokens=rows, vocab_size=319)
     with pytest.raises(ValueError, match="got -1"):
         TokenBatches(None, 2, tokens=rows - 1)

@@ -173,6 +173,19 @@ def test_training_stops_at_a_loss_that_is_not_finite(tmp_path: Path, monkeypatch
     assert not (tmp_path / "lm").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"n_embd": 30, "n_head": 4}, "n_embd must be a multiple of n_head = 4, got 30"),
+        ({"vocab_size": 100}, r"vocab_size must lie in \[257, 65536\].*got 100"),
+    ],
+)
+def test_training_refuses_sizes_that_make_no_model(tmp_path: Path, arguments: Any, message: str):
+    with pytest.raises(ValueError, match=message):
+        train_lm.train_lm(tmp_path / "lm", **arguments)
+
+
 def test_epochs_cut_the_text_anew_and_visit_all_of_it():
     ids = np.arange(103)
     batches = train_lm.random_batches(ids, length=10, batch_size=2, seed=0)

@@ -13,8 +13,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
-INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+INTERPRETED: bool = bool(knobs.runtime.interpret)
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 NARROW, MIDDLE = 1024, 4096
@@ -35,7 +36,7 @@ BLOCKS: dict[str, dict[tuple[str, str, str], dict[str, int]]] = {
         # Without fused multiply-adds both softmaxes are rounded alike, and equal inputs cancel to exactly 0.
         ("sm_80", "any", "any"): {"BLOCK": 4096, "num_warps": 8, "enable_fp_fusion": False},
         ("sm_90", "any", "any"): {"BLOCK": 4096, "num_warps": 8, "enable_fp_fusion": False},
-        ("interpreter", "any", "any"): {"BLOCK": 16},
+        ("interpreter", "any", "any"): {"BLOCK": 32},
     },
     "gather_rows": {
         ("sm_80", "16", "any"): {"BLOCK_K": 16, "BLOCK_D": 256, "num_warps": 4},
@@ -103,9 +104,10 @@ def lookup(kernel: str, arch: str, dtype: str, size: str) -> dict[str, int]:
     raise KeyError(f"kernel {kernel!r} has no block sizes for arch {arch}, dtype {dtype}, size {size}")
 
 
-def on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Makes the tensor's GPU the current one: Triton launches on the current device, whatever its arguments say."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *arguments: Any, **constants: Any) -> None:
+    """``kernel[grid](*arguments, **constants)`` on the GPU of ``like``; Triton alone takes whichever is current."""
+    with torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext():
+        kernel[grid](*arguments, **constants)
 
 
 def promoted(*tensors: Tensor | None) -> torch.dtype:

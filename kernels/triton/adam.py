@@ -5,8 +5,8 @@
     p ← p - lr / (1 - β₁ᵗ) · m / (√v / √(1 - β₂ᵗ) + ε)
 
 The semantics of ``torch.optim.Adam``, up to the order of rounding. Per parameter 28 bytes are moved in float32 (grad,
-p, m, v read; p, m, v written) and 2 more for the bfloat16 copy. A row is in registers once, so 1/‖row‖ costs nothing: the
-decoder's normalisation needs no pass of its own.
+p, m, v read; p, m, v written) and 2 more for the bfloat16 copy. A row is in registers once, so 1/‖row‖ costs nothing:
+the decoder's normalisation needs no pass of its own.
 """
 
 import math
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from e2e_fast.kernels.reference import NORM_EPS
-from e2e_fast.kernels.triton._launch import blocks, on, store_rounded, tl_accumulator
+from e2e_fast.kernels.triton._launch import blocks, launch, store_rounded, tl_accumulator
 
 
 def adam_step(
@@ -57,15 +57,15 @@ def adam_step(
         return
     beta1, beta2 = betas
     options = blocks("adam", param, D)
-    with on(param):
-        # Without norms rows have no meaning, and a long one (a bias) is split over programs.
-        pieces = 1 if inverse_norms is not None else triton.cdiv(D, options["BLOCK"])
-        adam_kernel[(rows, pieces)](
-            param, grad.contiguous(), exp_avg, exp_avg_sq, clip_coefficient, inverse_norms, shadow, D,
-            lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), 1 - beta1, beta2, 1 - beta2, eps, weight_decay,
-            NORM_EPS,
-            ACC=tl_accumulator(param.dtype), **options,
-        )  # fmt: skip
+    # Without norms rows have no meaning, and a long one (a bias) is split over programs.
+    pieces = 1 if inverse_norms is not None else triton.cdiv(D, options["BLOCK"])
+    launch(
+        adam_kernel, (rows, pieces), param,
+        param, grad.contiguous(), exp_avg, exp_avg_sq, clip_coefficient, inverse_norms, shadow, D,
+        lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), 1 - beta1, beta2, 1 - beta2,
+        eps, weight_decay, NORM_EPS,
+        ACC=tl_accumulator(param.dtype), **options,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from e2e_fast.kernels.reference import NORM_EPS
-from e2e_fast.kernels.triton._launch import blocks, on, promoted, store_rounded, tl_accumulator
+from e2e_fast.kernels.triton._launch import blocks, launch, promoted, store_rounded, tl_accumulator
 from e2e_fast.kernels.triton.decode import gather_rows, row_inverse_norms
 
 
@@ -56,15 +56,15 @@ def code_backward(
     if W_dec is not None and normalize:
         scale = row_inverse_norms(W_dec) if inverse_norms is None else inverse_norms
     order, offsets, launch_order = transpose(values, indices, F)
-    with on(values):
-        code_backward_kernel[(F,)](
-            order, offsets, launch_order,
-            values.contiguous(), _contiguous(dvalues), _contiguous(g), _contiguous(W_dec), scale, _contiguous(x),
-            dW_dec if need_dW_dec else None, dW_enc if need_dW_enc else None, db_enc if need_dW_enc else None, out,
-            K, D, (1 - 1e-6) / NORM_EPS,
-            ACC=tl_accumulator(promoted(values, weight)), BLOCK_D=triton.next_power_of_2(D),
-            **blocks("code_backward", weight, D),
-        )  # fmt: skip
+    launch(
+        code_backward_kernel, (F,), values,
+        order, offsets, launch_order,
+        values.contiguous(), _contiguous(dvalues), _contiguous(g), _contiguous(W_dec), scale, _contiguous(x),
+        dW_dec if need_dW_dec else None, dW_enc if need_dW_enc else None, db_enc if need_dW_enc else None, out,
+        K, D, (1 - 1e-6) / NORM_EPS,
+        ACC=tl_accumulator(promoted(values, weight)), BLOCK_D=triton.next_power_of_2(D),
+        **blocks("code_backward", weight, D),
+    )  # fmt: skip
     dx = none
     if need_dx:
         assert x is not None

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from e2e_fast.kernels.reference import NORM_EPS
-from e2e_fast.kernels.triton._launch import accumulator, blocks, on, promoted, store_rounded, tl_accumulator
+from e2e_fast.kernels.triton._launch import accumulator, blocks, launch, promoted, store_rounded, tl_accumulator
 
 
 def decode(
@@ -55,11 +55,11 @@ def gather_rows(
     if N == 0:
         return out
     options = blocks("gather_rows", weight)
-    with on(weight):
-        gather_rows_kernel[(N, triton.cdiv(D, options["BLOCK_D"]))](
-            coefficients.contiguous(), indices.contiguous(), weight.contiguous(), bias, scale, out, K, D,
-            POSITIVE=positive, ACC=tl_accumulator(promoted(coefficients, weight)), **options,
-        )  # fmt: skip
+    launch(
+        gather_rows_kernel, (N, triton.cdiv(D, options["BLOCK_D"])), weight,
+        coefficients.contiguous(), indices.contiguous(), weight.contiguous(), bias, scale, out, K, D,
+        POSITIVE=positive, ACC=tl_accumulator(promoted(coefficients, weight)), **options,
+    )  # fmt: skip
     return out
 
 

@@ -26,8 +26,8 @@ from torch import Tensor
 from e2e_fast.kernels.triton._launch import (
     accumulator,
     blocks,
+    launch,
     mm_accumulated,
-    on,
     promoted,
     row_chunks,
     store_rounded,
@@ -51,14 +51,13 @@ def encode_topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> Code:
     exact.
     """
     values, indices, count = _empty_code(x, weight, k)
-    with on(x):
-        for rows, z in _score_chunks(x, weight):
-            _select(z, bias, k, values[rows], indices[rows], count[rows])
+    for rows, z in _score_chunks(x, weight):
+        _select(z, bias, k, values[rows], indices[rows], count[rows])
     return values, indices, count
 
 
 def encode_relu(x: Tensor, weight: Tensor, bias: Tensor | None, capacity: int) -> Code:
-    """The positive entries of ``x @ weight.T + bias``: values, indices (N, capacity) by ascending index, true count (N,).
+    """The positive entries of ``x @ weight.T + bias``: values, indices (N, capacity), ascending; true count (N,).
 
     ``capacity = -1`` makes room for the fullest row, which waits for the GPU.
     """
@@ -77,13 +76,12 @@ def encode_batch_topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, ca
     is 0. Holds the scores of the whole batch, N × F accumulators, since τ is known only after the last of them.
     """
     z = torch.cat([z for _, z in _score_chunks(x, weight)]) if x.shape[0] else weight.new_empty(0, weight.shape[0])
-    with on(x):
-        key = kth_key(z, bias, k * x.shape[0])
-        tau, below = _float_of(key, z.dtype), _float_of((key - 1).clamp_min(0), z.dtype)
-        if capacity < 0:
-            capacity = _fullest(z, bias, below)
-        code = _empty_code(x, weight, min(capacity, weight.shape[0]))
-        _filter(z, bias, below, *code)
+    key = kth_key(z, bias, k * x.shape[0])
+    tau, below = _float_of(key, z.dtype), _float_of((key - 1).clamp_min(0), z.dtype)
+    if capacity < 0:
+        capacity = _fullest(z, bias, below)
+    code = _empty_code(x, weight, min(capacity, weight.shape[0]))
+    _filter(z, bias, below, *code)
     return code, tau
 
 
@@ -123,11 +121,13 @@ def _select(z: Tensor, bias: Tensor | None, k: int, values: Tensor, indices: Ten
     keys = z.new_empty(C, capacity, dtype=_key_dtype(z))
     columns = z.new_empty(C, capacity, dtype=torch.int32)
     found = z.new_empty(C, dtype=torch.int32)
-    topk_scan_kernel[(C,)](
+    launch(
+        topk_scan_kernel, (C,), z,
         z, bias, keys, columns, found, F, k,
         BITS=8 * z.element_size() - 1, CAPACITY=capacity, **blocks("topk_scan", z),
     )  # fmt: skip
-    topk_rank_kernel[(C,)](
+    launch(
+        topk_rank_kernel, (C,), z,
         keys, columns, found, values, indices, count, k,
         VALUE=tl_accumulator(z.dtype), CAPACITY=capacity, **blocks("topk_rank", z, 8 * capacity),
     )  # fmt: skip
@@ -261,13 +261,11 @@ def _keys(z_ptr, bias_ptr, cols, F):
 
 def _encode_filtered(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor | None, capacity: int) -> Code:
     F = weight.shape[0]
-    with on(x):
-        if capacity < 0:
-            widest = [_fullest(z, bias, threshold) for _, z in _score_chunks(x, weight)]
-            capacity = max(widest, default=0)
-        values, indices, count = _empty_code(x, weight, min(capacity, F))
-        for rows, z in _score_chunks(x, weight):
-            _filter(z, bias, threshold, values[rows], indices[rows], count[rows])
+    if capacity < 0:
+        capacity = max((_fullest(z, bias, threshold) for _, z in _score_chunks(x, weight)), default=0)
+    values, indices, count = _empty_code(x, weight, min(capacity, F))
+    for rows, z in _score_chunks(x, weight):
+        _filter(z, bias, threshold, values[rows], indices[rows], count[rows])
     return values, indices, count
 
 
@@ -286,7 +284,8 @@ def _filter(
     C, F = z.shape
     if C == 0:
         return
-    filter_kernel[(C,)](
+    launch(
+        filter_kernel, (C,), z,
         z, bias, threshold, values, indices, count, F, values.shape[1],
         ONE_THRESHOLD=threshold is not None and threshold.numel() == 1, **blocks("filter", z),
     )  # fmt: skip
@@ -355,9 +354,11 @@ def kth_key(z: Tensor, bias: Tensor | None, k: int) -> Tensor:
     wanted = torch.full((1,), k, dtype=torch.int64, device=z.device)
     for shift in range(bits - DIGIT_BITS, -1, -DIGIT_BITS):
         histogram = torch.zeros(1 << DIGIT_BITS, dtype=torch.int64, device=z.device)
-        digit_histogram_kernel[(C,)](
-            z, bias, prefix, histogram, F, shift, DIGIT_BITS=DIGIT_BITS, **blocks("digit_histogram", z)
-        )
+        launch(
+            digit_histogram_kernel, (C,), z,
+            z, bias, prefix, histogram, F, shift,
+            DIGIT_BITS=DIGIT_BITS, BINS=1 << DIGIT_BITS, **blocks("digit_histogram", z),
+        )  # fmt: skip
         # at_least[d]: keys whose digit is d or more; the digit of the k-th is the last d with at_least[d] ≥ wanted.
         at_least = histogram.flip(0).cumsum(0).flip(0)
         digit = ((at_least >= wanted).sum(0, keepdim=True) - 1).clamp_min(0)
@@ -372,22 +373,23 @@ def digit_histogram_kernel(
     z_ptr,  # (C, F)
     bias_ptr,  # (F,) or None
     prefix_ptr,  # (1,) the digits found so far
-    histogram_ptr,  # (2 ** DIGIT_BITS,) int64, added to
+    histogram_ptr,  # (BINS,) int64, added to
     F,
     shift,
     DIGIT_BITS: tl.constexpr,
+    BINS: tl.constexpr,  # 2 ** DIGIT_BITS
     BLOCK: tl.constexpr,
 ):
     """Counts one digit of the keys of a row whose higher digits equal the prefix's."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
-    bins = tl.arange(0, 1 << DIGIT_BITS)
+    bins = tl.arange(0, BINS)
     prefix = tl.load(prefix_ptr)
-    counts = tl.zeros((1 << DIGIT_BITS,), tl.int32)
+    counts = tl.zeros((BINS,), tl.int32)
     for start in range(0, F, BLOCK):
         cols = start + lanes
         key = _keys(z_ptr + row * F, bias_ptr, cols, F).to(tl.int64)
         same = ((key ^ prefix) >> shift >> DIGIT_BITS == 0) & (cols < F)
-        digit = (key >> shift) & ((1 << DIGIT_BITS) - 1)
-        counts += tl.histogram(digit.to(tl.int32), 1 << DIGIT_BITS, mask=same)
+        digit = (key >> shift) & (BINS - 1)
+        counts += tl.histogram(digit.to(tl.int32), BINS, mask=same)
     tl.atomic_add(histogram_ptr + bins, counts.to(tl.int64), sem="relaxed")

@@ -19,8 +19,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from e2e_fast.kernels.triton._launch import (
     accumulator,
     blocks,
+    launch,
     mm_accumulated,
-    on,
     promoted,
     row_chunks,
     store_rounded,
@@ -67,19 +67,20 @@ def linear_kl_shared(
     loss = students.new_empty(S, N, dtype=acc)
     gradient = torch.empty_like(students, memory_format=torch.contiguous_format) if need_grad else students.new_empty(0)
     bytes_per_row = stride * (2 * acc.itemsize + dtype.itemsize)
-    with on(students):
-        for start, stop in row_chunks(N, bytes_per_row, CHUNK_BYTES):
-            z_teacher = mm_accumulated(teacher[start:stop].to(dtype), padded.t())
-            tile = students.new_empty(stop - start, stride, dtype=dtype) if need_grad else None
-            for s in range(S):
-                z_student = mm_accumulated(students[s, start:stop].to(dtype), padded.t())
-                kl_rows_kernel[(stop - start,)](
-                    z_student, z_teacher, bias, loss[s, start:stop], tile, V, stride, softcap, scale,
-                    ACC=tl_accumulator(dtype), **blocks("kl_rows", students),
-                )  # fmt: skip
-                del z_student  # its memory serves the next product
-                if tile is not None:
-                    gradient[s, start:stop] = mm_accumulated(tile, padded) / scale
+    for start, stop in row_chunks(N, bytes_per_row, CHUNK_BYTES):
+        z_teacher = mm_accumulated(teacher[start:stop].to(dtype), padded.t())
+        tile = students.new_empty(stop - start, stride, dtype=dtype) if need_grad else None
+        for s in range(S):
+            z_student = mm_accumulated(students[s, start:stop].to(dtype), padded.t())
+            launch(
+                kl_rows_kernel, (stop - start,), students,
+                z_student, z_teacher, bias, loss[s, start:stop], tile, V, stride, softcap, scale,
+                ACC=tl_accumulator(dtype), **blocks("kl_rows", students),
+            )  # fmt: skip
+            del z_student  # its memory serves the next product
+            if tile is not None:
+                gradient[s, start:stop] = mm_accumulated(tile, padded) / scale
+        del z_teacher, tile
     return loss, gradient
 
 
@@ -97,9 +98,9 @@ def padded_unembedding(weight: Tensor, dtype: torch.dtype) -> Tensor:
         return weight
     known = not weight.is_inference()  # inference tensors count no versions, so a stale copy could not be told
     if known:
-        version, copy = _padded.get(weight, (None, None))
-        if version == weight._version and copy.dtype == dtype:
-            return copy
+        kept = _padded.get(weight)
+        if kept is not None and kept[0] == weight._version and kept[1].dtype == dtype:
+            return kept[1]
     copy = weight.new_zeros(triton.cdiv(V, ALIGNMENT) * ALIGNMENT, D, dtype=dtype)
     copy[:V] = weight.detach()
     if known:

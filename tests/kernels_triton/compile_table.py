@@ -1,4 +1,4 @@
-"""Every kernel × configuration compiled ahead of time for sm_80 and sm_90, no GPU needed: registers, spills, memory, units.
+"""Every kernel × configuration compiled ahead of time for sm_80 and sm_90, no GPU needed: registers, spills, memory.
 
     python tests/kernels_triton/compile_table.py [--markdown]
 
@@ -103,7 +103,12 @@ CASES = [
     Case("encode", "filter_kernel", "relu", _filter(None)),
     Case("encode", "filter_kernel", "jump_relu", _filter("*fp32")),
     Case("encode", "filter_kernel", "batch_topk", _filter("*fp32", one=True)),
-    Case("encode", "digit_histogram_kernel", "f32", HISTOGRAM | {"F": "i32:16", "shift": "i32", "DIGIT_BITS": 8}),
+    Case(
+        "encode",
+        "digit_histogram_kernel",
+        "f32",
+        HISTOGRAM | {"F": "i32:16", "shift": "i32", "DIGIT_BITS": 8, "BINS": 256},
+    ),
     Case("adam", "adam_kernel", "f32 norms shadow", _adam()),
     Case("adam", "adam_kernel", "f32 plain", _adam(clip_ptr=None, inverse_norms_ptr=None, shadow_ptr=None)),
 ]

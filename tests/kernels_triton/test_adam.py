@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from triton_checks import DEVICE, error
@@ -92,7 +94,7 @@ def test_an_unused_row_still_moves_by_its_momentum(generator):
     ],
 )
 def test_adam_refuses_what_does_not_fit(change, message):
-    arguments = {name: torch.zeros(2, 3) for name in ("param", "grad", "exp_avg", "exp_avg_sq")}
+    arguments: dict[str, Any] = {name: torch.zeros(2, 3) for name in ("param", "grad", "exp_avg", "exp_avg_sq")}
     arguments |= {"step": 1, "lr": LR, "betas": BETAS, "eps": EPS, **change}
     with pytest.raises(ValueError, match=message):
         adam_step(**arguments)

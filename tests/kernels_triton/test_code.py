@@ -1,5 +1,7 @@
 """decode and code_backward: gathers over the code and over its transpose."""
 
+from typing import Any
+
 import pytest
 import torch
 from triton_checks import DEVICE, assert_close, error
@@ -8,11 +10,12 @@ from e2e_fast.kernels import SparseCode, reference
 from e2e_fast.kernels.triton.autoencode import code_backward, transpose
 from e2e_fast.kernels.triton.decode import decode, row_inverse_norms
 
+Problem = tuple[Any, Any, Any, Any, Any, Any, Any]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 NAMES = ("dW_dec", "dW_enc", "db_enc", "dvalues", "dx")
 
 
-def problem(generator, dtype, N=7, D=19, F=13, K=5):
+def problem(generator, dtype, N=7, D=19, F=13, K=5) -> Problem:
     """A code with unused slots (zero, negative), an empty row, features without tokens; weights; x; g; dvalues."""
 
     def normal(*shape):
@@ -25,7 +28,7 @@ def problem(generator, dtype, N=7, D=19, F=13, K=5):
     return values, indices, normal(F, D), normal(F, D), normal(N, D), normal(N, D), normal(N, K)
 
 
-def oracle(values, indices, W_dec, W_enc, x, g, dvalues, normalize):
+def oracle(values, indices, W_dec, W_enc, x, g, dvalues, normalize) -> Any:
     """The five gradients through autograd: scores z with relu, decoded by the reference."""
     W_dec, W_enc, x = (t.detach().clone().requires_grad_() for t in (W_dec, W_enc, x))
     b_enc = torch.zeros_like(W_enc[:, 0], requires_grad=True)
@@ -40,12 +43,13 @@ def oracle(values, indices, W_dec, W_enc, x, g, dvalues, normalize):
     return W_dec.grad, W_enc.grad, b_enc.grad, torch.where(used, c.grad, 0), x.grad
 
 
-def backward(values, indices, W_dec, W_enc, x, g, dvalues, normalize):
+def backward(values, indices, W_dec, W_enc, x, g, dvalues, normalize) -> Any:
     return code_backward(values, indices, dvalues, g, W_dec, x, W_enc, normalize, True, True, True)
 
 
-def double(*tensors):
-    return tuple(t.double() if t.is_floating_point() else t for t in tensors)
+def double(inputs: Problem) -> Problem:
+    values, indices, W_dec, W_enc, x, g, dvalues = inputs
+    return values.double(), indices, W_dec.double(), W_enc.double(), x.double(), g.double(), dvalues.double()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -104,7 +108,7 @@ def test_nan_values_show_in_their_row_alone(generator):
 def test_code_backward_matches_autograd(generator, dtype, normalize):
     inputs = problem(generator, dtype)
     ours = backward(*inputs, normalize)
-    expected = oracle(*double(*inputs), normalize)
+    expected = oracle(*double(inputs), normalize)
     naive = oracle(*inputs, normalize)
     for name, *triple in zip(NAMES, ours, expected, naive, strict=True):
         assert_close(name, *triple)
@@ -113,17 +117,17 @@ def test_code_backward_matches_autograd(generator, dtype, normalize):
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
 def test_one_feature_in_every_token_is_summed_whole(generator, index_dtype):
-    values, indices, *rest = problem(generator, torch.float64, N=11, K=3)
+    values, _, W_dec, W_enc, x, g, dvalues = problem(generator, torch.float64, N=11, K=3)
     indices = torch.tensor([[4, 0, 9]], device=DEVICE).expand(11, 3).to(index_dtype)
-    inputs = (values.abs() + 0.1, indices, *rest)
+    inputs = (values.abs() + 0.1, indices, W_dec, W_enc, x, g, dvalues)
     for actual, expected in zip(backward(*inputs, True), oracle(*inputs, True), strict=True):
         assert error(actual, expected) < 1e-12
 
 
 def test_unused_slots_and_features_get_exact_zeros(generator):
-    values, indices, *rest = problem(generator, torch.float32)
-    dW_dec, dW_enc, db_enc, dvalues, dx = backward(values, indices, *rest, True)
-    assert (dvalues[values <= 0] == 0).all()
+    inputs = problem(generator, torch.float32)
+    dW_dec, dW_enc, db_enc, dvalues, dx = backward(*inputs, True)
+    assert (dvalues[inputs[0] <= 0] == 0).all()
     assert (dx[3] == 0).all()
     for gradient in (dW_dec, dW_enc, db_enc):
         assert (gradient[-2:] == 0).all()
@@ -136,9 +140,9 @@ def test_decoder_gradient_is_orthogonal_to_its_row(generator):
 
 
 def test_rows_too_short_to_normalize_are_not_projected(generator):
-    values, indices, W_dec, *rest = problem(generator, torch.float64)
+    values, indices, W_dec, W_enc, x, g, dvalues = problem(generator, torch.float64)
     W_dec[indices[0, 0].item()] *= 1e-14
-    inputs = (values, indices, W_dec, *rest)
+    inputs = (values, indices, W_dec, W_enc, x, g, dvalues)
     for actual, expected in zip(backward(*inputs, True), oracle(*inputs, True), strict=True):
         assert error(actual, expected) < 1e-12
 

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from triton_checks import DEVICE, FLOOR, error
@@ -12,17 +14,18 @@ from e2e_fast.kernels.triton.encode import (
     kth_key,
 )
 
+Problem = tuple[Any, Any, Any]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
-def problem(generator, dtype, N=4, D=6, F=101):
+def problem(generator, dtype, N=4, D=6, F=101) -> Problem:
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
 
     return normal(N, D), normal(F, D), normal(F)
 
 
-def scores(z):
+def scores(z) -> Problem:
     """Inputs whose scores are exactly z (N, F): x the identity's rows, weight zᵀ."""
     z = z.to(DEVICE)
     return torch.eye(z.shape[0], dtype=z.dtype, device=DEVICE), z.t().contiguous(), None
@@ -110,18 +113,17 @@ def test_a_large_k_is_sorted(generator, monkeypatch):
 
 
 def test_chunks_of_rows_give_the_same_code_as_one(generator, monkeypatch):
-    z = torch.randn(130, 40, generator=generator)
-    inputs = (torch.ones(130, 1), z[:1].t().contiguous(), None)
-    inputs = tuple(None if t is None else t.to(DEVICE) for t in inputs)
+    x, weight = torch.randn(130, 1, generator=generator), torch.randn(30, 1, generator=generator)
+    inputs: Problem = (x.to(DEVICE), weight.to(DEVICE), None)
     monkeypatch.setattr(module, "CHUNK_BYTES", 1)
     assert_same_code(encode_topk(*inputs, 3), reference.encode_topk(*inputs, 3))
     assert_same_code(encode_relu(*inputs, 12), reference.encode_relu(*inputs, 12))
 
 
-@pytest.mark.parametrize("encode", [lambda *a: encode_topk(*a, 4), lambda *a: encode_relu(*a, 4)])
+@pytest.mark.parametrize("encode", [encode_topk, encode_relu])
 def test_no_tokens_give_an_empty_code(generator, encode):
     x, weight, bias = problem(generator, torch.float32, N=0)
-    values, indices, count = encode(x, weight, bias)
+    values, indices, count = encode(x, weight, bias, 4)
     assert values.shape == indices.shape == (0, 4)
     assert count.shape == (0,)
 
