@@ -16,7 +16,8 @@ The prefix is never run twice and no logits are built. Any training loop becomes
     loss = spliced.kl() + spliced.mse("blocks.8.hook_resid_pre") + sparsity
 
 Blocks are the model's own modules, called with the arguments that the model itself would pass (masks, rotary tables):
-the embedding part of the model runs with every block replaced by one that writes its arguments down.
+the embedding part of the model runs with every block replaced by one that writes its arguments down. Those depend on
+the shape of the batch alone, so they are made once a shape.
 
 An LM is a tree of modules of its own, which shares the given model's weight storage: nothing is written to the user's
 model, no hook is left on it, and its training mode and ``requires_grad`` flags stay as they are.
@@ -32,16 +33,18 @@ LM(gpt2, 2 layers, d_model 16, d_vocab 50, n_ctx 32, processing transformer_lens
 0.0
 """
 
+import copy
 import difflib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from e2e_fast import embedded, kernels
 from e2e_fast.lm_architectures import Tap, centre_unembedding, centre_writers, take_apart
@@ -60,6 +63,9 @@ ALIASES = {
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "merges.txt")
 """A folder with none of these holds no tokenizer."""
+
+KNOWN_SHAPES = 4
+"""Batch shapes whose block arguments are kept (training and evaluation, each with a last smaller batch)."""
 
 STAGES = (
     "hook_resid_pre",
@@ -155,6 +161,9 @@ class LM:
         front.set_submodule(parts.architecture.blocks, nn.ModuleList(_NoteTaker(self._notes, b) for b in blocks))
         front.set_submodule(parts.architecture.norm, nn.Identity())
         self._front, self._norm, self._blocks = front, norm, list(blocks)
+        self._known_calls: dict[tuple[Any, ...], list[_Call]] = {}
+        if not self._is_hooked:
+            self._configs = _front_configs(front.config)
         self._modules = nn.ModuleList([front, *blocks, norm, self.unembed]).eval()
         self.n_layers = len(self._blocks)
         self._order = _positions(self.n_layers, self._parallel)
@@ -181,6 +190,7 @@ class LM:
     def to(self, device: str | torch.device) -> "LM":
         """Moves this LM (never the model that it was made from) and returns it."""
         self._modules.to(device)
+        self._known_calls.clear()
         if self._is_hooked:
             self.config.device = str(torch.device(device))
         return self
@@ -267,12 +277,19 @@ class LM:
     def _embed(self, tokens: Tensor) -> tuple[Tensor, list["_Call"]]:
         """The stream before block 0, [B, T, D], and the arguments that each block is called with."""
         self._notes.calls = []
-        if self._is_hooked:
-            x = self._front(tokens, return_type=None, stop_at_layer=self.n_layers)
-        else:
-            plain = {"use_cache": False, "output_attentions": False, "output_hidden_states": False}
-            x = self._front(tokens, return_dict=True, **plain).last_hidden_state
-        return x, self._notes.calls
+        if self._is_hooked:  # its masks may depend on the tokens (left padding)
+            return self._front(tokens, return_type=None, stop_at_layer=self.n_layers), self._notes.calls
+        # Tensors made in inference mode cannot serve a graph later on.
+        batch = (*tokens.shape, torch.is_inference_mode_enabled())
+        calls = self._known_calls.get(batch)
+        self._front.config = self._configs.masks if calls is None else self._configs.no_masks
+        plain = {"use_cache": False, "output_attentions": False, "output_hidden_states": False}
+        x = self._front(tokens, return_dict=True, **plain).last_hidden_state
+        if calls is None:
+            while len(self._known_calls) >= KNOWN_SHAPES:
+                del self._known_calls[next(iter(self._known_calls))]
+            calls = self._known_calls[batch] = self._notes.calls
+        return x, calls
 
     def _advance(self, x: Tensor, calls: list["_Call"], start: int, stop: int, visit: "_Visit") -> Tensor:
         """From the stream before block ``start`` to the stream before block ``stop``."""
@@ -336,6 +353,10 @@ class LM:
         whole = _tensor(self._blocks[0](x, *calls[0].args, **calls[0].kwargs))
         if not torch.isfinite(whole).all():
             raise ValueError(f"{self.name} gives NaN or infinity for its first token: its weights are damaged")
+        self._known_calls.clear()
+        _, others = self._embed(torch.ones(1, 2, dtype=torch.int64, device=self.device))
+        if not all(map(_same_arguments, calls, others)):
+            raise ValueError(f"{self.name} passes its blocks arguments that depend on the tokens: not supported")
         visit = _Visit(name for name in self._order if name.startswith("blocks.0."))
         parts = self._advance(visit("blocks.0.hook_resid_pre", x), calls, 0, 1, visit)
         if not torch.allclose(whole, parts, rtol=0, atol=2e-2 * float(whole.abs().max())):
@@ -494,6 +515,11 @@ class _Call:
         self.args, self.kwargs = args, kwargs
 
 
+def _same_arguments(a: _Call, b: _Call) -> bool:
+    leaves = [tree_leaves((call.args, call.kwargs)) for call in (a, b)]
+    return all(torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in zip(*leaves, strict=True))
+
+
 class _Notes:
     """The calls of one pass, and whether the blocks answer with a tensor or with a tuple that starts with it."""
 
@@ -601,6 +627,24 @@ def _blocks_needed(position: str) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------- loading
+
+
+class _Configs(NamedTuple):
+    """Configurations of the front alone: neither looks at the tokens, which would wait for a GPU in every step."""
+
+    masks: Any
+    """Without a padding token: transformers searches the batch for it, to warn."""
+    no_masks: Any
+    """Of an attention that needs no masks, for shapes whose masks are there already: transformers inspects position
+    ids when it makes them."""
+
+
+def _front_configs(config: Any) -> _Configs:
+    masks = copy.copy(config)
+    masks.pad_token_id = None
+    no_masks = copy.copy(masks)
+    no_masks._attn_implementation = "none_needed"
+    return _Configs(masks, no_masks)
 
 
 def _from_pretrained(source: str, dtype: torch.dtype) -> Any:

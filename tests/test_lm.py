@@ -191,6 +191,24 @@ def test_positions_left_out_of_a_splice_stay_as_they_are() -> None:
     torch.testing.assert_close(one.logits(), both.logits())
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batches_of_other_shapes_and_modes_do_not_disturb_each_other(family: str) -> None:
+    model = random_model(family, pad_token_id=0)
+    lm = load_lm(model, "none")
+    shapes = [(2, 13), (3, 7), (2, 13), (1, 20), (3, 7), (2, 24), (5, 3), (2, 13)]
+    with torch.inference_mode():
+        lm.original(random_tokens(2, 13))
+    for seed, (batch, length) in enumerate(shapes):
+        tokens = random_tokens(batch, length, seed)
+        original = lm.original(tokens, at=PRE)
+        x_hat = original[PRE].clone().requires_grad_()
+        spliced = original.splice(x_hat).logits()
+        with torch.no_grad():
+            whole = model(tokens, attention_mask=torch.ones_like(tokens)).logits
+        torch.testing.assert_close(log_probs(spliced), log_probs(whole), rtol=0, atol=1e-5)
+        spliced.sum().backward()
+
+
 def test_every_pair_of_positions_in_one_block_can_be_replaced_together() -> None:
     lm = load_lm(random_model("llama"))
     stages = [p for p in lm.positions() if p.startswith("blocks.1.")]
@@ -269,6 +287,7 @@ def test_neither_pass_waits_for_a_gpu(family: str, monkeypatch: pytest.MonkeyPat
     lm, tokens = load_lm(random_model(family, pad_token_id=0)), random_tokens()
     tokens[:, -1] = 0
     monkeypatch.setattr(lm, "check_tokens", lambda _: None)  # done for CPU tokens only
+    lm.original(tokens)  # the first batch of a shape makes the masks, and may wait
     with RefuseSyncs():
         original = lm.original(tokens, at=["blocks.0.mlp.hook_post", PRE], downstream=[LATER])
         x_hat = {p: (original[p] * 0.9).requires_grad_() for p in original.at}
