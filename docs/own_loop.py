@@ -1,5 +1,6 @@
 """Your own training loop, made end-to-end: the marked lines are all that e2e_fast adds.
 
+    python docs/own_loop.py                         the embedded model and text: nothing to download
     python docs/own_loop.py gpt2 corpus.txt --position blocks.6.hook_resid_pre --downstream blocks.8.hook_resid_pre
 
 The SAE below is nobody's library: swap in yours. Any function from an activation to its reconstruction will do.
@@ -11,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from e2e_fast.lm import LM, load_lm
+import e2e_fast
+from e2e_fast.lm import LM
 
 
 class SAE(nn.Module):
@@ -58,18 +60,21 @@ def train(lm: LM, tokens: Tensor, position: str, downstream: list[str], steps: i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="Hugging Face name or folder, with a tokenizer")
-    parser.add_argument("text", type=Path, help="text file")
+    parser.add_argument("model", nargs="?", default="embedded", help="Hugging Face name or folder, with a tokenizer")
+    parser.add_argument("text", nargs="?", type=Path, help="text file")
     parser.add_argument("--position", default="blocks.2.hook_resid_pre")
     parser.add_argument("--downstream", nargs="*", default=[])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--context", type=int, default=128)
     args = parser.parse_args()
 
-    lm = load_lm(args.model)
-    ids = lm.tokenizer(args.text.read_text(), return_tensors="pt", verbose=False).input_ids[0]
-    rows = len(ids) // args.context
-    tokens = ids[: rows * args.context].view(rows, args.context)
+    lm = e2e_fast.load_lm(args.model)
+    if args.text is None:
+        tokens = e2e_fast.embedded.tokens("train", n_ctx=args.context, n_samples=500)
+    else:
+        ids = lm.tokenizer(args.text.read_text(), return_tensors="pt", verbose=False).input_ids[0]
+        rows = len(ids) // args.context
+        tokens = ids[: rows * args.context].view(rows, args.context)
     train(lm, tokens, args.position, args.downstream, args.steps)
 
 

@@ -83,12 +83,13 @@ def load_lm(
 ) -> "LM":
     """A frozen LM from anything that holds one.
 
-    model: ``embedded``, a Hugging Face name or folder (loaded in float32 unless ``dtype`` says otherwise), a Hugging Face causal LM,
-    a TransformerLens ``TransformerBridge`` (3.x, 4.x) or ``HookedTransformer`` (below 4), or an ``LM`` (returned as it
-    is). processing: "transformer_lens", the default, gives the activations and logits of TransformerLens' processed
-    models: LayerNorm models have the weights that write to the residual stream centred, and models without a logit
-    soft-cap their unembedding centred over the vocabulary. "none" leaves the model as it came. ``device=None`` leaves
-    it where it is; ``tokenizer`` overrides the one found beside the model.
+    model: a Hugging Face name or folder (loaded in float32 unless ``dtype`` says otherwise), "embedded" (the model that
+    the demo runs on), a Hugging Face causal LM, a TransformerLens ``TransformerBridge`` (3.x, 4.x) or
+    ``HookedTransformer`` (below 4), or an ``LM`` (returned as it is). processing: "transformer_lens", the default,
+    gives the activations and logits of TransformerLens' processed models: LayerNorm models have the weights that write
+    to the residual stream centred, and models without a logit soft-cap their unembedding centred over the vocabulary.
+    "none" leaves the model as it came. ``device=None`` leaves it where it is; ``tokenizer`` overrides the one found
+    beside the model.
 
     Raises ValueError for an unknown architecture, processing or kind of object.
     """

@@ -180,13 +180,15 @@ def take_apart(model: Any) -> Parts:
             "model must be a name, a folder, a Hugging Face causal LM, a TransformerBridge or a HookedTransformer, "
             f"got a {type(model).__name__}"
         )
-    head, config, family = twin.get_output_embeddings(), twin.config, twin.config.model_type
+    head, config = twin.get_output_embeddings(), twin.config.get_text_config()
     if head is None:
         raise ValueError(f"model must be a causal LM (with an unembedding), got a {type(model).__name__}")
+    family = config.model_type
     architecture = _row(family)
-    norm = twin.base_model.get_submodule(architecture.norm)
+    base = _decoder(twin)
+    norm = base.get_submodule(architecture.norm)
     return Parts(
-        base=twin.base_model,
+        base=base,
         norm=norm,
         config=config,
         family=family,
@@ -252,6 +254,17 @@ def _row(family: str) -> Architecture:
     return ARCHITECTURES[family]
 
 
+def _decoder(model: Any) -> Any:
+    """The module with the embedding, the blocks and the final norm: in multimodal models, a part of the base model."""
+    blocks, base = _row(model.config.get_text_config().model_type).blocks, model.base_model
+    while not hasattr(base, blocks):
+        inner = [getattr(base, name) for name in ("language_model", "model") if hasattr(base, name)]
+        if not inner:
+            raise ValueError(f"model has no {blocks!r} in its {type(base).__name__}")
+        base = inner[0]
+    return base
+
+
 def _twin(module: Any, weights: dict[int, nn.Parameter]) -> Any:
     """The same tree of modules, without hooks; its parameters are frozen and share storage with the original's."""
     while "_original_component" in module._modules:  # TransformerBridge wraps modules in place
@@ -292,12 +305,12 @@ def _use_sdpa(twin: Any) -> None:
 
 def _rejoin_qkv(bridge: Any, twin: Any) -> None:
     """TransformerBridge splits joint QKV matrices and processes the split ones: writes them back into the joint one."""
-    architecture = _row(twin.config.model_type)
+    architecture = _row(twin.config.get_text_config().model_type)
     joint = architecture.joint_qkv
     if joint is None:
         return
     heads = twin.config.num_attention_heads if joint.by_head else 1
-    for block, bridged in zip(twin.base_model.get_submodule(architecture.blocks), bridge.blocks, strict=True):
+    for block, bridged in zip(_decoder(twin).get_submodule(architecture.blocks), bridge.blocks, strict=True):
         module = block.get_submodule(joint.module)
         for name in ("weight", "bias"):
             split = [getattr(getattr(bridged.attn, letter).original_component, name).detach() for letter in "qkv"]

@@ -29,8 +29,7 @@ def log_probs(logits: Tensor) -> Tensor:
 
 
 def blocks_of(model: Any) -> nn.ModuleList:
-    base = model.base_model
-    return base.h if hasattr(base, "h") else base.layers
+    return next(module for module in model.modules() if isinstance(module, nn.ModuleList))
 
 
 def run_unsplit(model: Any, tokens: Tensor, replace: dict[int, Callable[[Tensor], Tensor]]) -> Tensor:
@@ -371,6 +370,21 @@ def test_logit_soft_cap_and_embedding_scale_of_gemma_are_kept() -> None:
     assert original.logits().abs().max() < model.config.final_logit_softcapping
     embedded = model.model.embed_tokens.weight[random_tokens()] * WIDTH**0.5
     torch.testing.assert_close(original["blocks.0.hook_resid_pre"], embedded.detach())
+
+
+def test_the_language_model_of_a_multimodal_model_is_cut() -> None:
+    import transformers
+
+    text = random_model("gemma3_text").config
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = transformers.Gemma3Config(text_config=text.to_dict(), vision_config=vision)
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    lm, tokens = load_lm(model, "none"), random_tokens()
+    original = lm.original(tokens, at="blocks.1.hook_mlp_out")
+    with torch.no_grad():
+        expected = model(tokens).logits
+    torch.testing.assert_close(original.logits(), expected)
+    torch.testing.assert_close(original.splice(lambda x: x).logits(), expected)
 
 
 @pytest.mark.shared
