@@ -48,7 +48,7 @@ BLOCKS: dict[str, dict[tuple[str, str, str], dict[str, int]]] = {
     "code_backward": _CODE_BACKWARD,
     "topk_scan": {
         ("sm_80", "any", "any"): {"BLOCK": 2048, "num_warps": 8},
-        ("sm_90", "any", "any"): {"BLOCK": 2048, "num_warps": 16},
+        ("sm_90", "any", "any"): {"BLOCK": 2048, "num_warps": 8},
         ("interpreter", "any", "any"): {"BLOCK": 32},
     },
     "topk_rank": {  # the size class is that of 8 × CAPACITY
