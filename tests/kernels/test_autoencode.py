@@ -1,5 +1,8 @@
 """autoencode: one operator for the whole autoencoder, dense or sparse, and the controller that decides."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from tolerance import assert_as_accurate
@@ -101,20 +104,21 @@ def test_no_tokens_train_nothing(route):
 
 def test_only_the_gradients_that_are_asked_for_are_made(route):
     x, W_enc, b_enc, W_dec, b_dec = parameters(bias=-3.5)
-    for options in ({"k": 3}, {}):
+    ways: list[dict[str, Any]] = [{"k": 3}, {}]
+    for options in ways:
         W = W_dec.clone().requires_grad_()
         kernels.autoencode(x, W_enc, b_enc, W, b_dec, **options)[0].sum().backward()
         exact = W_dec.double().requires_grad_()
-        reference.autoencode(*(t.double() for t in (x, W_enc, b_enc)), exact, b_dec.double(), **options)[
-            0
-        ].sum().backward()
+        x_hat, _ = reference.autoencode(x.double(), W_enc.double(), b_enc.double(), exact, b_dec.double(), **options)
+        x_hat.sum().backward()
         assert W.grad is not None
         torch.testing.assert_close(W.grad.double(), exact.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_without_biases(route):
     x, W_enc, _, W_dec, _ = parameters()
-    for options in ({"k": 3}, {}, {"capacity": F}):
+    ways: list[dict[str, Any]] = [{"k": 3}, {}, {"capacity": F}]
+    for options in ways:
         ours, _ = kernels.autoencode(x, W_enc, None, W_dec, None, **options)
         torch.testing.assert_close(ours, reference.autoencode(x, W_enc, None, W_dec, None, **options)[0])
 
@@ -145,7 +149,7 @@ def test_float64_inputs_pass_gradcheck(route):
         (lambda a: [a[0], a[1], a[2], a[3], a[4][1:]], "b_dec must have shape"),
     ],
 )
-def test_bad_shapes_are_refused_by_name(change, message):
+def test_bad_shapes_are_refused_by_name(change: Callable[..., Any], message):
     with pytest.raises(ValueError, match=message):
         kernels.autoencode(*change(parameters()), k=3)
     with pytest.raises(ValueError, match=r"k must lie in \[1, 640\]"):
@@ -164,16 +168,16 @@ def test_results_have_the_same_bits_for_one_and_two_threads(level):
         pytest.skip(str(error))
     threads = torch.get_num_threads()
     torch.manual_seed(0)
-    arguments = [torch.randn(s) for s in ((150, 136), (3000, 136), (3000,), (3000, 136), (136,))]
+    x, W_enc, b_enc, W_dec, b_dec = (torch.randn(s) for s in ((150, 136), (3000, 136), (3000,), (3000, 136), (136,)))
     unembed, teacher = torch.randn(3001, 136), torch.randn(150, 136)
     try:
         results = []
         for n in (1, 2, 2):
             torch.set_num_threads(n)
-            code = kernels.encode_topk(*arguments[:3], 9)
-            y = kernels.decode(code, *arguments[3:])
+            code = kernels.encode_topk(x, W_enc, b_enc, 9)
+            y = kernels.decode(code, W_dec, b_dec)
             back = torch.ops.e2e_fast.code_backward(
-                code.values, code.indices, None, y, arguments[3], arguments[0], arguments[1], True, True, True, True
+                code.values, code.indices, None, y, W_dec, x, W_enc, True, True, True, True
             )
             kl = torch.ops.e2e_fast.linear_kl(y, teacher, unembed, None, None, True)
             results.append([*code, y, *back, *kl])

@@ -1,6 +1,8 @@
 """encode_topk and encode_relu: what they select, in which order, and what reaches the parameters."""
 
 import importlib
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -178,7 +180,7 @@ def test_features_that_never_fire_get_exactly_no_gradient(route):
 
 def test_float64_inputs_pass_gradcheck(route):
     x, W, b = (t.double().requires_grad_() for t in inputs(4, 3, 12))
-    assert torch.autograd.gradcheck(lambda *p: kernels.encode_topk(*p, 3).values, (x, W, b))
+    assert torch.autograd.gradcheck(lambda x, W, b: kernels.encode_topk(x, W, b, 3).values, (x, W, b))
     assert torch.autograd.gradcheck(lambda *p: kernels.encode_relu(*p).values, (x, W, b))
 
 
@@ -194,6 +196,6 @@ def test_float64_inputs_pass_gradcheck(route):
         (lambda x, W, b: kernels.encode_relu(x, W, b.int()), "bias must be floating point"),
     ],
 )
-def test_bad_arguments_are_refused_by_name(call, message):
+def test_bad_arguments_are_refused_by_name(call: Callable[..., Any], message):
     with pytest.raises(ValueError, match=message):
         call(*inputs(4, 6, 50))
