@@ -445,6 +445,20 @@ static void bind_assignment(py::module_& m) {
       },
       py::arg("start"), py::arg("col"), py::arg("value"), py::arg("pairs"), py::arg("pair_value"), py::arg("cols"));
   m.def(
+      "transpose_rows",
+      [](const Array<int64_t>& start, const Array<int32_t>& col, const Array<double>& value, int64_t cols) {
+        const Graph g = as_graph(start, col, value, cols);
+        std::vector<int64_t> new_start;
+        std::vector<int32_t> row;
+        std::vector<double> new_value;
+        {
+          py::gil_scoped_release release;
+          transpose_rows(g, new_start, row, new_value);
+        }
+        return py::make_tuple(hand_over(std::move(new_start)), hand_over(std::move(row)), hand_over(std::move(new_value)));
+      },
+      py::arg("start"), py::arg("col"), py::arg("value"), py::arg("cols"));
+  m.def(
       "assign",
       [](const Array<int64_t>& start, const Array<int32_t>& col, const Array<double>& value, int64_t cols,
          int64_t bids_per_row) {
