@@ -1,4 +1,4 @@
-"""The training step on a CPU against the straightforward one: a random 4-layer GPT-2, d = 64, V = 50,257, 4 × 512 tokens."""
+"""The training step on a CPU against the straightforward one: random 4-layer GPT-2, d = 64, V = 50,257, 4 × 512 tokens."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ LAYER, POSITION, SPARSITY = 2, "blocks.2.hook_resid_pre", 1.0
 
 
 def setup(l0: float | None) -> tuple[Any, Any, straightforward.DenseSAE, SAE, torch.Tensor]:
-    """Model, LM, both SAEs with equal weights, tokens. ``l0`` shifts the encoder's bias to that many active features."""
+    """Model, LM, both SAEs with equal weights, tokens. ``l0`` shifts the encoder's bias to so many active features."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(n_layer=4, n_embd=64, n_head=4, n_positions=512, vocab_size=50257)
     model = transformers.GPT2LMHeadModel(config).eval().requires_grad_(False)

@@ -1,8 +1,8 @@
 """The baseline: end-to-end and local training as one would write them first, and as e2e_sae does.
 
-The whole model runs twice from the tokens, both times to full logits; the KL is ``F.kl_div`` of two log-softmaxes; the SAE
-is dense, with a normalised copy of its decoder in the graph. Attention is the same as ours (SDPA), so that the comparison
-is of the training step and not of the attention.
+The whole model runs twice from the tokens, both times to full logits; the KL is ``F.kl_div`` of two log-softmaxes; the
+SAE is dense, with a normalised copy of its decoder in the graph. Attention is the same as ours (SDPA), so that the
+comparison is of the training step and not of the attention.
 """
 
 from typing import Any

@@ -3,8 +3,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <stdexcept>
 
+#include "assignment.hpp"
+#include "filter.hpp"
 #include "simd.hpp"
 
 namespace py = pybind11;
@@ -22,7 +25,306 @@ static void bind_simd(py::module_& m) {
   m.def("simd_force", [](const std::string& name) { simd_force(simd_from_name(name)); }, py::arg("level"));
 }
 
+// ---- bind_assignment: sparse assignment and the sweeps that feed it --------------------------------------------------
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;  // taken as it is or, contiguous, as a converted copy
+
+/// The vector's memory as an array, without a copy.
+template <class T>
+static py::array_t<T> hand_over(std::vector<T>&& values) {
+  auto* owner = new std::vector<T>(std::move(values));
+  py::capsule free(owner, [](void* p) { delete static_cast<std::vector<T>*>(p); });
+  return py::array_t<T>({static_cast<py::ssize_t>(owner->size())}, owner->data(), free);
+}
+
+/// Pairs as an (E, 2) int32 array.
+static py::array_t<int32_t> hand_over_pairs(std::vector<Pair>&& pairs) {
+  auto* owner = new std::vector<Pair>(std::move(pairs));
+  py::capsule free(owner, [](void* p) { delete static_cast<std::vector<Pair>*>(p); });
+  return py::array_t<int32_t>({static_cast<py::ssize_t>(owner->size()), py::ssize_t{2}},
+                              reinterpret_cast<const int32_t*>(owner->data()), free);
+}
+
+static const Pair* as_pairs(const Array<int32_t>& pairs) {
+  if (pairs.ndim() != 2 || pairs.shape(1) != 2) throw std::invalid_argument("pairs must have shape (E, 2)");
+  return reinterpret_cast<const Pair*>(pairs.data());
+}
+
+static Graph as_graph(const Array<int64_t>& start, const Array<int32_t>& col, const Array<double>& value, int64_t cols) {
+  if (start.ndim() != 1 || start.size() < 1) throw std::invalid_argument("start must have shape (rows + 1,)");
+  if (col.ndim() != 1 || value.ndim() != 1 || col.size() != value.size() || start.at(start.size() - 1) != col.size())
+    throw std::invalid_argument("col and value must both hold start[-1] = " + std::to_string(start.at(start.size() - 1)) +
+                                " edges, got " + std::to_string(col.size()) + " and " + std::to_string(value.size()));
+  return {start.size() - 1, cols, start.data(), col.data(), value.data()};
+}
+
+static Precision precision_from_name(const std::string& name) {
+  if (name == "float32") return Precision::float32;
+  if (name == "bfloat16") return Precision::bfloat16;
+  if (name == "int8") return Precision::int8;
+  throw std::invalid_argument("precision must be 'float32', 'bfloat16' or 'int8', got '" + name + "'");
+}
+
+/// Unit rows in low precision, held by the caller's arrays: data (rows, depth · bytes), scale (rows,).
+struct QuantizedArrays {
+  QuantizedArrays(const std::string& name, Array<uint8_t> bytes, Array<float> scales)
+      : precision(precision_from_name(name)), data(std::move(bytes)), scale(std::move(scales)) {
+    const int64_t size = element_bytes(precision);
+    if (data.ndim() != 2 || data.shape(1) % (4 * size) || scale.size() != data.shape(0))
+      throw std::invalid_argument("data must be (rows, depth · element bytes) with depth a multiple of 4, and scale (rows,)");
+  }
+  Quantized view() const {
+    return {precision, data.shape(0), data.shape(1) / element_bytes(precision), data.data(), scale.data()};
+  }
+  Precision precision;
+  Array<uint8_t> data;
+  Array<float> scale;
+};
+
+template <class Real>
+static py::array_t<double> bind_row_norms(const Array<Real>& x, int threads) {
+  py::array_t<double> norm(x.shape(0));
+  double* out = norm.mutable_data();
+  py::gil_scoped_release release;
+  row_norms(x.data(), x.shape(0), x.shape(1), out, threads);
+  return norm;
+}
+
+template <class Real>
+static py::tuple bind_quantize(const Array<Real>& x, const Array<double>& norm, const std::string& precision,
+                               int threads) {
+  const int64_t rows = x.shape(0), d = x.shape(1), depth = (d + 3) / 4 * 4;
+  const Precision p = precision_from_name(precision);
+  py::array_t<uint8_t> data({rows, depth * element_bytes(p)});
+  py::array_t<float> scale(rows);
+  py::array_t<double> error(rows);
+  uint8_t* data_out = data.mutable_data();
+  float* scale_out = scale.mutable_data();
+  double* error_out = error.mutable_data();
+  {
+    py::gil_scoped_release release;
+    quantize(x.data(), norm.data(), rows, d, p, depth, data_out, scale_out, error_out, threads);
+  }
+  return py::make_tuple(data, scale, error);
+}
+
+struct SweepArrays {
+  Array<int32_t> a_index, b_index;
+  Array<float> row_level;
+  std::optional<Array<float>> col_level, price;
+  std::optional<Array<int64_t>> limit;
+
+  Sweep view(const QuantizedArrays& a, const QuantizedArrays& b, bool absolute, int64_t block_rows) const {
+    const auto same = [](const char* name, int64_t size, int64_t expected) {
+      if (size != expected)
+        throw std::invalid_argument(std::string(name) + " must hold " + std::to_string(expected) + " entries, got " +
+                                    std::to_string(size));
+    };
+    same("row_level", row_level.size(), a_index.size());
+    if (col_level) same("col_level", col_level->size(), b_index.size());
+    if (price) same("price", price->size(), b_index.size());
+    if (limit) same("limit", limit->size(), a_index.size());
+    return {a.view(), b.view(), a_index.data(), a_index.size(), b_index.data(), b_index.size(), row_level.data(),
+            col_level ? col_level->data() : nullptr, price ? price->data() : nullptr, limit ? limit->data() : nullptr,
+            absolute, block_rows};
+  }
+};
+
+template <class Real>
+static Rows<Real> as_rows(const Array<Real>& a, const Array<double>& a_norm, const Array<Real>& b,
+                          const Array<double>& b_norm, bool absolute) {
+  if (a.ndim() != 2 || b.ndim() != 2 || a.shape(1) != b.shape(1)) throw std::invalid_argument("a and b must be (n, d) and (m, d)");
+  return {a.data(), b.data(), a_norm.data(), b_norm.data(), a.shape(1), absolute};
+}
+
+template <class Real>
+static void bind_real(py::module_& m) {
+  m.def("row_norms", &bind_row_norms<Real>, py::arg("x").noconvert(), py::arg("threads"));
+  m.def("quantize", &bind_quantize<Real>, py::arg("x").noconvert(), py::arg("norm"), py::arg("precision"), py::arg("threads"));
+  m.def(
+      "exact_cosines",
+      [](const Array<Real>& a, const Array<double>& a_norm, const Array<Real>& b, const Array<double>& b_norm,
+         const Array<int64_t>& start, const Array<int32_t>& col, bool absolute, int threads) {
+        const auto exact = as_rows(a, a_norm, b, b_norm, absolute);
+        py::array_t<double> value(col.size());
+        double* out = value.mutable_data();
+        py::gil_scoped_release release;
+        exact_cosines(exact, start.size() - 1, start.data(), col.data(), out, threads);
+        return value;
+      },
+      py::arg("a").noconvert(), py::arg("a_norm"), py::arg("b").noconvert(), py::arg("b_norm"), py::arg("start"),
+      py::arg("col"), py::arg("absolute"), py::arg("threads"));
+  m.def(
+      "price_rows",
+      [](const QuantizedArrays& a, const QuantizedArrays& b, const Array<int32_t>& a_index, const Array<int32_t>& b_index,
+         const Array<float>& row_level, const Array<float>& price, const Array<int64_t>& limit, const Array<Real>& a_rows,
+         const Array<double>& a_norm, const Array<Real>& b_rows, const Array<double>& b_norm,
+         const Array<double>& keep_level, const Array<double>& exact_price, int64_t keep, int64_t row_cap,
+         bool absolute, int64_t block_rows, int threads) {
+        const SweepArrays arrays{a_index, b_index, row_level, std::nullopt, price, limit};
+        const Sweep job = arrays.view(a, b, absolute, block_rows);
+        const auto exact = as_rows(a_rows, a_norm, b_rows, b_norm, absolute);
+        py::array_t<double> bound(a_index.size());
+        double* out = bound.mutable_data();
+        Priced priced;
+        {
+          py::gil_scoped_release release;
+          priced = price_rows(job, exact, keep_level.data(), exact_price.data(), keep, row_cap, out, threads);
+        }
+        return py::make_tuple(hand_over_pairs(std::move(priced.pair)), hand_over(std::move(priced.value)), bound);
+      },
+      py::arg("a"), py::arg("b"), py::arg("a_index"), py::arg("b_index"), py::arg("row_level"), py::arg("price"),
+      py::arg("limit"), py::arg("a_rows").noconvert(), py::arg("a_norm"), py::arg("b_rows").noconvert(),
+      py::arg("b_norm"), py::arg("keep_level"), py::arg("exact_price"), py::arg("keep"), py::arg("row_cap"),
+      py::arg("absolute"), py::arg("block_rows"), py::arg("threads"));
+}
+
+static py::tuple assignment_result(Assignment&& a) {
+  return py::make_tuple(hand_over(std::move(a.col_of_row)), hand_over(std::move(a.row_of_col)),
+                        hand_over(std::move(a.price)), a.bids, a.pops);
+}
+
+static Assignment assignment_state(const Graph& g, const Array<int32_t>& col_of_row, const Array<int32_t>& row_of_col,
+                                   const Array<double>& price) {
+  if (col_of_row.size() != g.rows || row_of_col.size() != g.cols || price.size() != g.cols)
+    throw std::invalid_argument("the assignment's arrays must fit the graph");
+  Assignment a;
+  a.col_of_row.assign(col_of_row.data(), col_of_row.data() + g.rows);
+  a.row_of_col.assign(row_of_col.data(), row_of_col.data() + g.cols);
+  a.price.assign(price.data(), price.data() + g.cols);
+  return a;
+}
+
+static void bind_assignment(py::module_& m) {
+  py::class_<QuantizedArrays>(m, "Quantized")
+      .def(py::init<const std::string&, Array<uint8_t>, Array<float>>(), py::arg("precision"), py::arg("data"),
+           py::arg("scale"));
+  m.def("native_precision", [](const std::string& name) { return native(precision_from_name(name)); });
+  bind_real<float>(m);
+  bind_real<double>(m);
+  m.def(
+      "row_levels",
+      [](const QuantizedArrays& a, const QuantizedArrays& b, const Array<int32_t>& b_index, int64_t rank, bool absolute,
+         int threads) {
+        py::array_t<float> level(a.view().rows);
+        float* out = level.mutable_data();
+        py::gil_scoped_release release;
+        row_levels(a.view(), b.view(), b_index.data(), b_index.size(), rank, absolute, out, threads);
+        return level;
+      },
+      py::arg("a"), py::arg("b"), py::arg("b_index"), py::arg("rank"), py::arg("absolute"), py::arg("threads"));
+  m.def(
+      "sweep",
+      [](const QuantizedArrays& a, const QuantizedArrays& b, const Array<int32_t>& a_index, const Array<int32_t>& b_index,
+         const Array<float>& row_level, const std::optional<Array<float>>& col_level,
+         const std::optional<Array<float>>& price, const std::optional<Array<int64_t>>& limit, int64_t row_cap,
+         bool absolute, int64_t block_rows, int threads) {
+        const SweepArrays arrays{a_index, b_index, row_level, col_level, price, limit};
+        const Sweep job = arrays.view(a, b, absolute, block_rows);
+        std::vector<uint8_t> capped(a_index.size(), 0);
+        std::vector<Pair> pairs;
+        {
+          py::gil_scoped_release release;
+          pairs = sweep(job, row_cap, capped.data(), threads);
+        }
+        return py::make_tuple(hand_over_pairs(std::move(pairs)), hand_over(std::move(capped)));
+      },
+      py::arg("a"), py::arg("b"), py::arg("a_index"), py::arg("b_index"), py::arg("row_level"),
+      py::arg("col_level") = py::none(), py::arg("price") = py::none(), py::arg("limit") = py::none(),
+      py::arg("row_cap"), py::arg("absolute"), py::arg("block_rows"), py::arg("threads"));
+  m.def(
+      "build_rows",
+      [](const Array<int32_t>& pairs, int64_t rows, int threads) {
+        const Pair* pair = as_pairs(pairs);
+        std::vector<int64_t> start;
+        std::vector<int32_t> col;
+        {
+          py::gil_scoped_release release;
+          build_rows(pair, pairs.shape(0), rows, start, col, threads);
+        }
+        return py::make_tuple(hand_over(std::move(start)), hand_over(std::move(col)));
+      },
+      py::arg("pairs"), py::arg("rows"), py::arg("threads"));
+  m.def(
+      "merge_rows",
+      [](const Array<int64_t>& start, const Array<int32_t>& col, const Array<double>& value, const Array<int32_t>& pairs,
+         const Array<double>& pair_value, int64_t cols) {
+        const Graph g = as_graph(start, col, value, cols);
+        const Pair* pair = as_pairs(pairs);
+        std::vector<int64_t> new_start;
+        std::vector<int32_t> new_col;
+        std::vector<double> new_value;
+        {
+          py::gil_scoped_release release;
+          merge_rows(g, pair, pair_value.data(), pairs.shape(0), new_start, new_col, new_value);
+        }
+        return py::make_tuple(hand_over(std::move(new_start)), hand_over(std::move(new_col)), hand_over(std::move(new_value)));
+      },
+      py::arg("start"), py::arg("col"), py::arg("value"), py::arg("pairs"), py::arg("pair_value"), py::arg("cols"));
+  m.def(
+      "assign",
+      [](const Array<int64_t>& start, const Array<int32_t>& col, const Array<double>& value, int64_t cols,
+         int64_t bids_per_row) {
+        const Graph g = as_graph(start, col, value, cols);
+        Assignment a;
+        {
+          py::gil_scoped_release release;
+          check_graph(g);
+          a = assign(g, bids_per_row);
+        }
+        return assignment_result(std::move(a));
+      },
+      py::arg("start"), py::arg("col"), py::arg("value"), py::arg("cols"), py::arg("bids_per_row") = 300);
+  m.def(
+      "reassign",
+      [](const Array<int64_t>& start, const Array<int32_t>& col, const Array<double>& value, int64_t cols,
+         const Array<int32_t>& col_of_row, const Array<int32_t>& row_of_col, const Array<double>& price) {
+        const Graph g = as_graph(start, col, value, cols);
+        Assignment a = assignment_state(g, col_of_row, row_of_col, price);
+        {
+          py::gil_scoped_release release;
+          reassign(g, a);
+        }
+        return assignment_result(std::move(a));
+      },
+      py::arg("start"), py::arg("col"), py::arg("value"), py::arg("cols"), py::arg("col_of_row"), py::arg("row_of_col"),
+      py::arg("price"));
+  m.def(
+      "tie_groups",
+      [](const Array<int64_t>& start, const Array<int32_t>& col, const Array<double>& value, int64_t cols,
+         const Array<int32_t>& col_of_row, const Array<int32_t>& row_of_col, const Array<double>& price,
+         double tolerance) {
+        const Graph g = as_graph(start, col, value, cols);
+        const Assignment a = assignment_state(g, col_of_row, row_of_col, price);
+        std::vector<int32_t> groups;
+        {
+          py::gil_scoped_release release;
+          groups = tie_groups(g, a, tolerance);
+        }
+        return hand_over(std::move(groups));
+      },
+      py::arg("start"), py::arg("col"), py::arg("value"), py::arg("cols"), py::arg("col_of_row"), py::arg("row_of_col"),
+      py::arg("price"), py::arg("tolerance"));
+  m.def(
+      "greedy",
+      [](const Array<int64_t>& start, const Array<int32_t>& col, const Array<double>& value, int64_t cols,
+         const Array<double>& row_bound, const Array<double>& col_bound) {
+        const Graph g = as_graph(start, col, value, cols);
+        if (row_bound.size() != g.rows || col_bound.size() != g.cols)
+          throw std::invalid_argument("row_bound and col_bound must fit the graph");
+        std::vector<int32_t> match;
+        {
+          py::gil_scoped_release release;
+          match = greedy(g, row_bound.data(), col_bound.data());
+        }
+        return hand_over(std::move(match));
+      },
+      py::arg("start"), py::arg("col"), py::arg("value"), py::arg("cols"), py::arg("row_bound"), py::arg("col_bound"));
+}
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ core of e2e_fast";
   bind_simd(m);
+  bind_assignment(m);
 }

@@ -33,19 +33,42 @@ _HOME = {
     "E2ETrainer": "trainer",
     "E2EDownstreamTrainer": "trainer",
     "TrainingStopped": "trainer",
-    "evaluate": "evaluate",
+    "evaluate": "evaluation",
     "match_dictionaries": "compare",
     "Matching": "compare",
 }
 _MODULES = ("kernels", "losses", "embedded", "compare")
 
-__all__ = ["__version__", *_HOME, *_MODULES]
+__all__ = [
+    "SAE",
+    "Config",
+    "ConfigError",
+    "E2EDownstreamTrainer",
+    "E2ETrainer",
+    "LocalTrainer",
+    "LossConfig",
+    "Matching",
+    "Run",
+    "SAETransformer",
+    "Trainer",
+    "TrainingStopped",
+    "__version__",
+    "compare",
+    "embedded",
+    "evaluate",
+    "kernels",
+    "load_config",
+    "load_lm",
+    "losses",
+    "match_dictionaries",
+    "train",
+]
 
 if TYPE_CHECKING:
     from e2e_fast import compare, embedded, kernels, losses
     from e2e_fast.compare import Matching, match_dictionaries
     from e2e_fast.config import Config, ConfigError, load_config
-    from e2e_fast.evaluate import evaluate
+    from e2e_fast.evaluation import evaluate
     from e2e_fast.lm import load_lm
     from e2e_fast.losses import LossConfig
     from e2e_fast.sae import SAE, SAETransformer
@@ -62,9 +85,7 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        # Bound here, the name wins over a submodule of the same name (evaluate) that the import left behind.
-        value = globals()[name] = getattr(import_module(f"e2e_fast.{_HOME[name]}"), name)
-        return value
+        return getattr(import_module(f"e2e_fast.{_HOME[name]}"), name)
     if name in _MODULES:
         return import_module(f"e2e_fast.{name}")
     raise AttributeError(f"module 'e2e_fast' has no attribute {name!r}")

@@ -3,7 +3,7 @@
     {save_dir}/{run_name}_{YYYY-mm-dd_HH-MM-SS}/
         final_config.yaml          the configuration, as e2e_sae writes it
         samples_{N}.safetensors    the SAEs' weights after N sequences, under e2e_sae's keys
-        resume_{N}.safetensors     everything else that training depends on: optimizer, random state, position in the data
+        resume_{N}.safetensors     what else training depends on: optimizer, random state, position in the data
         metrics.jsonl              one line a logged step
 
 Every file is written beside its place, flushed to disk and renamed, so a full disk or a kill leaves the older files

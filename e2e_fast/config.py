@@ -1,12 +1,14 @@
 """The configuration of a training run: e2e_sae's schema, whose YAML files load unchanged, plus optional keys of ours.
 
-Keys, defaults, coercions and validators are those of e2e_sae 2.1.1, so ``lr: 5e-4`` (a string to YAML) is a number and a
-misspelt key is an error. Two deliberate differences: relative paths are relative to the current directory, and
+Keys, defaults, coercions and validators are those of e2e_sae 2.1.1, so ``lr: 5e-4`` (a string to YAML) is a number and
+a misspelt key is an error. Two deliberate differences: relative paths are relative to the current directory, and
 ``save_dir`` defaults to ``out`` there.
 
 >>> config = Config.model_validate(dict(
-...     tlens_model_name="gpt2", save_every_n_samples=None, eval_n_samples=None, batch_size=8, lr="5e-4", n_samples=400_000,
-...     loss=dict(sparsity=dict(coeff=1.5), in_to_orig=None, out_to_orig=None, out_to_in=None, logits_kl=dict(coeff=1.0)),
+...     tlens_model_name="gpt2", save_every_n_samples=None, eval_n_samples=None, batch_size=8, lr="5e-4",
+...     loss=dict(sparsity=dict(coeff=1.5), in_to_orig=None, out_to_orig=None, out_to_in=None,
+...               logits_kl=dict(coeff=1.0)),
+...     n_samples=400_000,
 ...     train_data=dict(dataset_name="d", tokenizer_name="gpt2", split="train", n_ctx=1024),
 ...     saes=dict(sae_positions="blocks.6.hook_resid_pre", dict_size_to_input_ratio=60)))
 >>> config.lr, config.loss.kind, config.n_gradient_accumulation_steps
@@ -16,7 +18,7 @@ misspelt key is an error. Two deliberate differences: relative paths are relativ
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -31,7 +33,6 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from typing_extensions import Annotated
 
 from e2e_fast.data import DatasetConfig
 from e2e_fast.losses import LossConfig, Positions

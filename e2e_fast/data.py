@@ -141,7 +141,7 @@ class TokenBatches:
             self._source = open_source(config, tokenizer, _Order(seed, shuffle))
         self._vocab_size, self._prefetch, self._pin_memory = vocab_size, prefetch, pin_memory
         if isinstance(self._source, _Array) and self._source.in_memory:
-            _check_ids(self._source.ids, vocab_size)
+            _check_ids(self._source.name, self._source.ids, vocab_size)
         self._position = (0, 0)
         self._running: weakref.ref[Any] | None = None
 
@@ -200,7 +200,7 @@ class TokenBatches:
 
         def mine(items: list[Any]) -> Tensor:
             ids = source.stack(items[self.rank * self.batch_size : (self.rank + 1) * self.batch_size])
-            _check_ids(ids, self._vocab_size)
+            _check_ids(source.name, ids, self._vocab_size)
             batch = torch.from_numpy(ids)
             return batch.pin_memory() if pin_memory else batch
 
@@ -271,7 +271,7 @@ class _Array:
         return self._end - self._first
 
     def items(self, epoch: int, start: int) -> Iterator[int]:
-        return iter((self._first + self._order(len(self), epoch)[start:]).tolist())
+        return map(int, self._first + self._order(len(self), epoch)[start:])
 
     def stack(self, items: list[int]) -> np.ndarray:
         out = np.empty((len(items), self.n_ctx), dtype=np.int64)
@@ -283,7 +283,8 @@ class _Array:
 
 
 class _Dataset:
-    """Windows of a Hugging Face dataset, as they are read. Resuming reads again from the epoch's start and discards."""
+    """Windows of a Hugging Face dataset, as they are read. Resuming reads again from the epoch's start and discards:
+    slower than the dataset's own state, which forgets what its shuffle buffer holds in many versions."""
 
     def __init__(self, name: str, dataset: Any, config: DatasetConfig, tokenizer: Any, order: _Order) -> None:
         self.name, self.n_ctx = name, config.n_ctx
@@ -345,7 +346,7 @@ class _Dataset:
         return ids
 
 
-def open_source(config: DatasetConfig, tokenizer: Any, order: "_Order") -> "_Source":
+def open_source(config: DatasetConfig, tokenizer: Any, order: _Order) -> _Source:
     """The source that `config.dataset_name` names. Reads and tokenises text files at once; arrays stay on disk."""
     name, path = config.dataset_name, Path(config.dataset_name).expanduser()
     if name == EMBEDDED:
@@ -509,11 +510,11 @@ def _check_array(name: str, ids: np.ndarray) -> None:
         raise ValueError(f"{name} must hold integer token ids, got {ids.dtype}")
 
 
-def _check_ids(ids: np.ndarray, vocab_size: int | None) -> None:
+def _check_ids(name: str, ids: np.ndarray, vocab_size: int | None) -> None:
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or (vocab_size is not None and high >= vocab_size):
         end = "∞" if vocab_size is None else vocab_size
-        raise ValueError(f"token ids must lie in [0, {end}), the vocabulary, got {low if low < 0 else high}")
+        raise ValueError(f"token ids in {name} must lie in [0, {end}), the vocabulary, got {low if low < 0 else high}")
 
 
 def _kind(value: Any) -> str:

@@ -1,7 +1,7 @@
 """A frozen language model, cut at any point of its residual stream.
 
-An end-to-end loss compares the model with itself, once with an activation replaced. With blocks f_0 … f_{L-1}, final norm
-ν and a cut before block ℓ:
+An end-to-end loss compares the model with itself, once with an activation replaced. With blocks f_0 … f_{L-1}, final
+norm ν and a cut before block ℓ:
 
     original   x_ℓ = f_{ℓ-1} ∘ … ∘ f_0 (embed(tokens)),   h = ν ∘ f_{L-1} ∘ … ∘ f_ℓ (x_ℓ)      once, no graph
     spliced    h' = ν ∘ f_{L-1} ∘ … ∘ f_ℓ (x̂),            x̂ = SAE(x_ℓ)                          with a graph
@@ -15,11 +15,12 @@ The prefix is never run twice and no logits are built. Any training loop becomes
     spliced = original.splice(x_hat)
     loss = spliced.kl() + spliced.mse("blocks.8.hook_resid_pre") + sparsity
 
-Blocks are the model's own modules, called with the arguments that the model itself would pass (masks, rotary tables): the
-embedding part of the model runs with every block replaced by one that writes its arguments down.
+Blocks are the model's own modules, called with the arguments that the model itself would pass (masks, rotary tables):
+the embedding part of the model runs with every block replaced by one that writes its arguments down. Those depend on
+the shape of the batch alone, so they are made once a shape.
 
-The library works on its own tree of modules, which shares the given model's weight storage: nothing is written to the
-user's model, no hook is left on it, and its training mode and ``requires_grad`` flags stay as they are.
+An LM is a tree of modules of its own, which shares the given model's weight storage: nothing is written to the user's
+model, no hook is left on it, and its training mode and ``requires_grad`` flags stay as they are.
 
 >>> import torch, transformers
 >>> config = transformers.GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=50, n_positions=32)
@@ -28,7 +29,7 @@ user's model, no hook is left on it, and its training mode and ``requires_grad``
 LM(gpt2, 2 layers, d_model 16, d_vocab 50, n_ctx 32, processing transformer_lens)
 >>> original = lm.original(torch.randint(50, (4, 8)), at="blocks.1.hook_resid_pre")
 >>> x = original["blocks.1.hook_resid_pre"]
->>> float(original.splice(x).kl())
+>>> round(float(original.splice(x).kl()), 6)
 0.0
 """
 
@@ -36,14 +37,17 @@ import copy
 import difflib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from e2e_fast import embedded, kernels
-from e2e_fast.lm_architectures import ARCHITECTURES, Architecture, Tap
+from e2e_fast.lm_architectures import Tap, centre_unembedding, centre_writers, take_apart
 
 Replacement = Tensor | Callable[[Tensor], Tensor]
 """What a splice puts in an activation's place: a tensor, or a function of the activation that arrives there."""
@@ -55,16 +59,29 @@ ALIASES = {
     "tiny-stories-1M": "roneneldan/TinyStories-1M",
     "tiny-stories-33M": "roneneldan/TinyStories-33M",
 }
-"""TransformerLens' short names, for configurations that use them; ``pythia-…`` means ``EleutherAI/pythia-…``."""
+"""TransformerLens' short names, which configurations use; ``pythia-…`` stands for ``EleutherAI/pythia-…``."""
 
-_STAGES = ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "mlp.hook_pre", "mlp.hook_post", "hook_mlp_out",
-           "hook_resid_post")  # fmt: skip
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "merges.txt")
+"""A folder with none of these holds no tokenizer."""
+
+KNOWN_SHAPES = 4
+"""Batch shapes whose block arguments are kept (training and evaluation, each with a last smaller batch)."""
+
+STAGES = (
+    "hook_resid_pre",
+    "hook_attn_out",
+    "hook_resid_mid",
+    "mlp.hook_pre",
+    "mlp.hook_post",
+    "hook_mlp_out",
+    "hook_resid_post",
+)
 """Named points of a block, in the order in which the block computes them."""
 
 
 def load_lm(
     model: Any,
-    processing: str = "transformer_lens",
+    processing: str | None = None,
     device: str | torch.device | None = None,
     *,
     dtype: torch.dtype | None = None,
@@ -72,19 +89,20 @@ def load_lm(
 ) -> "LM":
     """A frozen LM from anything that holds one.
 
-    model: ``embedded``, a Hugging Face name or folder (loaded in float32 unless ``dtype`` says otherwise), a Hugging Face causal LM, a
-    TransformerLens ``TransformerBridge`` (3.x, 4.x) or ``HookedTransformer`` (below 4), or an ``LM`` (returned as it is).
-    processing: "transformer_lens" gives the activations and logits of TransformerLens' processed models: LayerNorm models
-    have the weights that write to the residual stream centred, and models without a logit soft-cap their unembedding
-    centred over the vocabulary. "none" leaves the model as it came. ``device=None`` leaves it where it is; ``tokenizer``
-    overrides the one found beside the model.
+    model: a Hugging Face name or folder (loaded in float32 unless ``dtype`` says otherwise), "embedded" (the model that
+    the demo runs on), a Hugging Face causal LM, a TransformerLens ``TransformerBridge`` (3.x, 4.x) or
+    ``HookedTransformer`` (below 4), or an ``LM`` (returned as it is). processing: "transformer_lens", the default,
+    gives the activations and logits of TransformerLens' processed models: LayerNorm models have the weights that write
+    to the residual stream centred, and models without a logit soft-cap their unembedding centred over the vocabulary.
+    "none" leaves the model as it came. ``device=None`` leaves it where it is; ``tokenizer`` overrides the one found
+    beside the model.
 
     Raises ValueError for an unknown architecture, processing or kind of object.
     """
-    if processing not in PROCESSINGS:
+    if processing not in (None, *PROCESSINGS):
         raise ValueError(f"processing must be one of {PROCESSINGS}, got {processing!r}")
     if isinstance(model, LM):
-        if model.processing != processing:
+        if processing not in (None, model.processing):
             raise ValueError(f"processing={processing!r} asked of an LM that was loaded with {model.processing!r}")
         return model if device is None else model.to(device)
     source = None
@@ -94,10 +112,8 @@ def load_lm(
             source = f"EleutherAI/{source}"
         model = _from_pretrained(source, dtype or torch.float32)
     elif dtype is not None:
-        raise ValueError(
-            f"dtype={dtype} applies to models loaded by name; got a {type(model).__name__}: convert it first"
-        )
-    lm = LM(model, processing, tokenizer=tokenizer, source=source)
+        raise ValueError(f"dtype is for models loaded by name, got {dtype} and a {type(model).__name__}")
+    lm = LM(model, processing or "transformer_lens", tokenizer=tokenizer, source=source)
     return lm if device is None else lm.to(device)
 
 
@@ -107,44 +123,53 @@ class LM:
     Deliberately no ``nn.Module``: a module that holds an LM does not list the LM's weights among its own.
     """
 
+    name: str
+    """The name, folder or family that it was loaded from."""
+    n_layers: int
+    d_model: int
+    d_vocab: int
+    n_ctx: int
+    """Longest sequence, tokens."""
+    unembed: "Unembedding"
+    processing: str
+    """"transformer_lens" or "none"."""
+
     def __init__(self, model: Any, processing: str, tokenizer: Any = None, source: str | None = None) -> None:
-        front, config, family, weight, bias = _open(model)
+        parts = take_apart(model)
+        config = self.config = parts.config
         self.processing = processing
-        self.config = config
-        self._architecture = _architecture(family, config)
-        self._parallel = self._architecture.is_parallel(config)
-        self._is_hooked = family == "HookedTransformer"
+        self._architecture = parts.architecture
+        self._parallel = parts.parallel
+        self._is_hooked = parts.family == "HookedTransformer"
         self._tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
         self._source = source or getattr(config, "_name_or_path", None) or None
-        self.name: str = self._source or getattr(config, "model_name", None) or family
+        self.name = self._source or getattr(config, "model_name", None) or parts.family
+        self.d_vocab, self.d_model = parts.weight.shape
+        self.n_ctx = config.n_ctx if self._is_hooked else config.max_position_embeddings
 
-        blocks, norm = front.get_submodule(self._architecture.blocks), front.get_submodule(self._architecture.norm)
-        self.d_vocab, self.d_model = (int(n) for n in weight.shape)
-        self.n_ctx: int = _first_of(config, "max_position_embeddings", "n_ctx")
-        softcap = _first_of(config, "final_logit_softcapping", "output_logits_soft_cap", default=None)
-        softcap = float(softcap) if softcap is not None and softcap > 0 else None
+        front, blocks, norm = parts.base, parts.base.get_submodule(parts.architecture.blocks), parts.norm
+        weight, bias = parts.weight, parts.bias
         if processing == "transformer_lens":
-            if _has_layer_norm(norm, config):
-                _centre_writers(front, blocks, self._architecture)
-            if softcap is None:
-                weight, bias = _centred(weight, 0), None if bias is None else _centred(bias, 0)
-        self.unembed = Unembedding(weight, bias, softcap)
+            if parts.has_layer_norm:
+                centre_writers(front, blocks, parts.architecture)
+            if parts.softcap is None:
+                weight, bias = centre_unembedding(weight, bias)
+        self.unembed = Unembedding(weight, bias, parts.softcap)
 
-        # The front keeps the embedding and everything the model computes before its blocks; blocks only take notes there.
+        # The front keeps the embedding and all that the model computes before its blocks; there, blocks take notes.
         self._notes = _Notes()
-        self._parts = nn.ModuleDict({"blocks": blocks, "norm": norm, "unembed": self.unembed})
-        front.set_submodule(
-            self._architecture.blocks, nn.ModuleList([_NoteTaker(self._notes, block) for block in blocks])
-        )
-        front.set_submodule(self._architecture.norm, nn.Identity())
-        self._parts["front"] = front
-        self._parts.eval()
-        self._blocks: list[nn.Module] = list(blocks)
+        front.set_submodule(parts.architecture.blocks, nn.ModuleList(_NoteTaker(self._notes, b) for b in blocks))
+        front.set_submodule(parts.architecture.norm, nn.Identity())
+        self._front, self._norm, self._blocks = front, norm, list(blocks)
+        self._known_calls: dict[tuple[Any, ...], list[_Call]] = {}
+        if not self._is_hooked:
+            self._configs = _front_configs(front.config)
+        self._modules = nn.ModuleList([front, *blocks, norm, self.unembed]).eval()
         self.n_layers = len(self._blocks)
         self._order = _positions(self.n_layers, self._parallel)
         self._widths = self._probe()
 
-    # ------------------------------------------------------------------------------------------------ what it is
+    # --------------------------------------------------------------------------------------------------- what it is
 
     def __repr__(self) -> str:
         return (
@@ -159,20 +184,22 @@ class LM:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating type of the activations."""
+        """The floating type of the weights and activations."""
         return self.unembed.weight.dtype
 
     def to(self, device: str | torch.device) -> "LM":
         """Moves this LM (never the model that it was made from) and returns it."""
-        self._parts.to(device)
+        self._modules.to(device)
+        self._known_calls.clear()
+        if self._is_hooked:
+            self.config.device = str(torch.device(device))
         return self
 
     @property
     def tokenizer(self) -> Any:
         """The Hugging Face tokenizer that lies beside the model, loaded on first use; None where there is none."""
         if self._tokenizer is None and self._source is not None:
-            self._tokenizer = _load_tokenizer(self._source)
-            self._source = None
+            self._tokenizer, self._source = _load_tokenizer(self._source), None
         return self._tokenizer
 
     def positions(self) -> list[str]:
@@ -181,54 +208,52 @@ class LM:
 
     def width(self, position: str) -> int:
         """Number of channels at a position: d_model, or d_mlp at ``mlp.hook_pre`` and ``mlp.hook_post``."""
-        return self._widths[self.check_position(position).partition(".")[2].partition(".")[2]]
+        return self._widths[_parse(self.check_position(position))[1]]
 
     def check_position(self, position: str) -> str:
         """The position itself; raises ValueError, with near names, where the model lacks it."""
         if position in self._order:
             return position
         near = difflib.get_close_matches(str(position), self._order, n=3)
-        hint = f"; near: {', '.join(near)}" if near else f"; there are {', '.join(self._order[:3])}, …"
+        hint = f"near: {', '.join(near)}" if near else f"there are {', '.join(self.positions()[:7])}, …"
         if "hook_resid_mid" in str(position) and self._parallel:
-            hint += " (attention and MLP are parallel in this model, so there is no hook_resid_mid)"
-        raise ValueError(f"position {position!r} is not one of {self.name}'s ({self.n_layers} layers){hint}")
+            hint = f"attention and MLP run in parallel, so there is no hook_resid_mid; {hint}"
+        raise ValueError(f"position {position!r} is not in {self.name} ({self.n_layers} layers); {hint}")
 
     def check_tokens(self, tokens: Tensor) -> None:
-        """Raises ValueError unless tokens is [B, T] of integers in [0, d_vocab), T ≤ n_ctx. Waits for a CUDA tensor."""
+        """Raises ValueError unless tokens is [B, T] of integers in [0, d_vocab), 1 ≤ T ≤ n_ctx. Waits for CUDA."""
         self._check_shape(tokens)
-        if tokens.numel() == 0:
-            return
         low, high = (int(v) for v in tokens.aminmax())
         if low < 0 or high >= self.d_vocab:
-            raise ValueError(
-                f"tokens must lie in [0, {self.d_vocab}) (the vocabulary of {self.name}), got {low}…{high}"
-            )
+            expected = f"[0, {self.d_vocab}) (the vocabulary of {self.name})"
+            raise ValueError(f"tokens must lie in {expected}, got ids from {low} to {high}")
 
     def _check_shape(self, tokens: Tensor) -> None:
-        if not isinstance(tokens, Tensor) or tokens.ndim != 2:
-            came = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-            raise ValueError(f"tokens must be a tensor of shape [batch, sequence], got {came}")
+        if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.numel() == 0:
+            came = list(tokens.shape) if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
+            raise ValueError(f"tokens must be a tensor [batch, sequence] that is not empty, got {came}")
         if tokens.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"tokens must be int64 or int32, got {tokens.dtype}")
         if tokens.shape[1] > self.n_ctx:
             raise ValueError(f"tokens must be at most n_ctx = {self.n_ctx} long, got sequences of {tokens.shape[1]}")
 
-    # ------------------------------------------------------------------------------------------------ the two passes
+    # ----------------------------------------------------------------------------------------------- the two passes
 
     @torch.no_grad()
     def original(
         self,
         tokens: Tensor,
         at: str | Iterable[str] = (),
-        downstream: Iterable[str] = (),
+        downstream: str | Iterable[str] = (),
         suffix: bool = True,
     ) -> "Original":
         """The unchanged model on tokens [B, T], once and without a graph.
 
-        at: position or positions that a splice will replace; downstream: positions to compare. Both can be read from the
-        result. ``suffix=False`` stops after the last of them, for training that needs no output of the model.
+        at: position or positions that a splice will replace; downstream: positions to compare. Both can be read from
+        the result. ``suffix=False`` stops after the last of them, for training that needs no output of the model.
 
-        Token ids are checked on the CPU only (a CUDA tensor would have to be waited for: :meth:`check_tokens`).
+        Ids are compared with the vocabulary on the CPU only: a CUDA tensor would have to be waited for, so check it
+        once with :meth:`check_tokens`.
         Raises ValueError for unknown positions and for tokens of wrong shape, type, length or range.
         """
         at = [at] if isinstance(at, str) else list(at)
@@ -239,26 +264,32 @@ class LM:
             self.check_tokens(tokens)
 
         wanted = set(named)
-        for layer, stage in map(_parse, at):  # what a splice inside a block starts from
-            if stage not in ("hook_resid_pre", "hook_resid_post"):
+        for layer, stage in map(_parse, at):
+            if stage in STAGES[1:-1]:  # a splice inside a block goes on from these
                 wanted |= {f"blocks.{layer}.hook_resid_pre", f"blocks.{layer}.hook_attn_out"}
         stop = self.n_layers if suffix else max(map(_blocks_needed, wanted), default=0)
 
-        x, calls = self._embed(tokens.to(self.device, non_blocking=True))
         visit = _Visit(wanted)
+        x, calls = self._embed(tokens.to(self.device, non_blocking=True))
         x = self._advance(visit("blocks.0.hook_resid_pre", x), calls, 0, stop, visit)
-        return Original(self, tokens, at, named, visit.seen, calls, self._parts["norm"](x) if suffix else None)
+        return Original(self, tokens, at, named, visit.seen, calls, self._norm(x) if suffix else None)
 
     def _embed(self, tokens: Tensor) -> tuple[Tensor, list["_Call"]]:
         """The stream before block 0, [B, T, D], and the arguments that each block is called with."""
         self._notes.calls = []
-        front = self._parts["front"]
-        if self._is_hooked:
-            x = front(tokens, return_type=None, stop_at_layer=self.n_layers)
-        else:
-            x = front(tokens, use_cache=False, output_attentions=False, output_hidden_states=False, return_dict=True)
-            x = x.last_hidden_state
-        return x, self._notes.calls
+        if self._is_hooked:  # its masks may depend on the tokens (left padding)
+            return self._front(tokens, return_type=None, stop_at_layer=self.n_layers), self._notes.calls
+        # Tensors made in inference mode cannot serve a graph later on.
+        batch = (*tokens.shape, torch.is_inference_mode_enabled())
+        calls = self._known_calls.get(batch)
+        self._front.config = self._configs.masks if calls is None else self._configs.no_masks
+        plain = {"use_cache": False, "output_attentions": False, "output_hidden_states": False}
+        x = self._front(tokens, return_dict=True, **plain).last_hidden_state
+        if calls is None:
+            while len(self._known_calls) >= KNOWN_SHAPES:
+                del self._known_calls[next(iter(self._known_calls))]
+            calls = self._known_calls[batch] = self._notes.calls
+        return x, calls
 
     def _advance(self, x: Tensor, calls: list["_Call"], start: int, stop: int, visit: "_Visit") -> Tensor:
         """From the stream before block ``start`` to the stream before block ``stop``."""
@@ -272,6 +303,7 @@ class LM:
         return x
 
     def _between(self, layer: int, x: Tensor, visit: "_Visit") -> Tensor:
+        """Blocks ``layer`` and ``layer + 1`` share one tensor with two names."""
         x = visit(f"blocks.{layer}.hook_resid_post", x)
         return visit(f"blocks.{layer + 1}.hook_resid_pre", x) if layer + 1 < self.n_layers else x
 
@@ -290,7 +322,7 @@ class LM:
     def _after_attention(
         self, layer: int, x: Tensor, attn_out: Tensor, visit: "_Visit", mlp_out: Tensor | None = None
     ) -> Tensor:
-        """The rest of a block, from attn_out (and mlp_out, where it is known already) to the block's output."""
+        """The rest of a block, from its input and attn_out (and mlp_out, where it is known) to its output."""
         mid = x + attn_out
         if not self._parallel:
             mid = x = visit(f"blocks.{layer}.hook_resid_mid", mid)
@@ -299,13 +331,11 @@ class LM:
         return mid + visit(f"blocks.{layer}.hook_mlp_out", mlp_out)
 
     def _mlp(self, layer: int, x: Tensor, visit: "_Visit") -> Tensor:
+        """The MLP branch with its norms, visited at its hidden layer where that is asked for."""
         block = self._blocks[layer]
         taps = {"mlp.hook_pre": self._architecture.mlp_pre, "mlp.hook_post": self._architecture.mlp_post}
-        handles = [
-            _tap(block, tap, visit, name)
-            for stage, tap in taps.items()
-            if (name := f"blocks.{layer}.{stage}") in visit.names
-        ]
+        named = {f"blocks.{layer}.{stage}": tap for stage, tap in taps.items()}
+        handles = [_listen(block, tap, visit, name) for name, tap in named.items() if name in visit.names]
         try:
             for path in self._architecture.mlp:
                 x = _tensor(block.get_submodule(path)(x))
@@ -316,25 +346,27 @@ class LM:
 
     @torch.no_grad()
     def _probe(self) -> dict[str, int]:
-        """Runs one token: learns what block 0 returns and the width of each stage, and checks the table against it."""
-        tokens = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
-        x, calls = self._embed(tokens)
-        if len(calls) != self.n_layers or x.shape != (1, 1, self.d_model):
-            raise ValueError(
-                f"{self.name} does not run its blocks one after the other: its architecture is not supported"
-            )
+        """Runs two tokens through block 0, whole and in parts: the parts must agree. Returns the stages' widths."""
+        x, calls = self._embed(torch.zeros(1, 2, dtype=torch.int64, device=self.device))
+        if len(calls) != self.n_layers or x.shape != (1, 2, self.d_model):
+            raise ValueError(f"{self.name} does not run its blocks one after the other, as its family should")
         whole = _tensor(self._blocks[0](x, *calls[0].args, **calls[0].kwargs))
-        visit = _Visit(p for p in self._order if p.startswith("blocks.0."))
+        if not torch.isfinite(whole).all():
+            raise ValueError(f"{self.name} gives NaN or infinity for its first token: its weights are damaged")
+        self._known_calls.clear()
+        _, others = self._embed(torch.ones(1, 2, dtype=torch.int64, device=self.device))
+        if not all(map(_same_arguments, calls, others)):
+            raise ValueError(f"{self.name} passes its blocks arguments that depend on the tokens: not supported")
+        visit = _Visit(name for name in self._order if name.startswith("blocks.0."))
         parts = self._advance(visit("blocks.0.hook_resid_pre", x), calls, 0, 1, visit)
-        if not torch.allclose(whole, parts, rtol=1e-2, atol=1e-2 * float(whole.abs().amax())):
-            raise ValueError(
-                f"{self.name}'s blocks are not what the table of architectures says of {type(self._blocks[0])}"
-            )
-        return {name.removeprefix("blocks.0."): value.shape[-1] for name, value in visit.seen.items()}
+        if not torch.allclose(whole, parts, rtol=0, atol=2e-2 * float(whole.abs().max())):
+            kind = type(self._blocks[0]).__name__
+            raise ValueError(f"{self.name}'s blocks ({kind}) do not compute what its family's row in the table says")
+        return {_parse(name)[1]: value.shape[-1] for name, value in visit.seen.items()}
 
 
 class Unembedding(nn.Module):
-    """From the hidden state after the final norm to logits: ``h @ weight.T + bias``, soft-capped."""
+    """From the hidden state after the final norm to logits: ``hidden @ weight.T + bias``, soft-capped."""
 
     weight: Tensor
     """(V, D)."""
@@ -345,9 +377,8 @@ class Unembedding(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, softcap: float | None) -> None:
         super().__init__()
-        self.register_buffer("weight", weight.detach())
-        self.register_buffer("bias", None if bias is None else bias.detach())
-        self.softcap = softcap
+        # Registered as they come: a parameter that is also the embedding's stays one tensor when the LM moves.
+        self.weight, self.bias, self.softcap = weight, bias, softcap
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] → logits [..., V]."""
@@ -357,6 +388,12 @@ class Unembedding(nn.Module):
 
 class Original(Mapping[str, Tensor]):
     """What the unchanged model did on a batch: a mapping from the named positions to activations [B, T, width]."""
+
+    lm: LM
+    tokens: Tensor
+    """[B, T], as given."""
+    at: list[str]
+    """Positions that a splice may replace."""
 
     def __init__(
         self,
@@ -368,13 +405,8 @@ class Original(Mapping[str, Tensor]):
         calls: list["_Call"],
         final: Tensor | None,
     ) -> None:
-        self.lm = lm
-        self.tokens = tokens
-        self.at = at
-        self._named = named
-        self._seen = seen
-        self._calls = calls
-        self._final = final
+        self.lm, self.tokens, self.at = lm, tokens, at
+        self._named, self._seen, self._calls, self._final = named, seen, calls, final
 
     def __getitem__(self, position: str) -> Tensor:
         if position not in self._named:
@@ -389,9 +421,9 @@ class Original(Mapping[str, Tensor]):
 
     @property
     def final(self) -> Tensor:
-        """[B, T, D]: the hidden state after the final norm, which the unembedding reads. Not there with suffix=False."""
+        """[B, T, D]: the hidden state after the final norm, which the unembedding reads; none with suffix=False."""
         if self._final is None:
-            raise RuntimeError("the original pass stopped early (suffix=False): there is no final state, logits or KL")
+            raise RuntimeError("the original pass stopped early (suffix=False): it has no final state, logits or KL")
         return self._final
 
     @torch.no_grad()
@@ -404,40 +436,36 @@ class Original(Mapping[str, Tensor]):
 
         x_hat: a tensor [B, T, width] or a function of the activation when ``at`` names one position; else
         ``{position: tensor or function}``. Functions are called in the order of the network, with the activation that
-        arrives at their position: a later one sees what the earlier ones did. Positions of ``at`` that are left out stay
-        as they are.
+        arrives at their position: a later one sees what the earlier ones did. Positions of ``at`` that are left out
+        stay as they are.
 
         Raises ValueError for positions outside ``at`` and for an x_hat of another shape, dtype or device.
         """
         if not isinstance(x_hat, Mapping):
             if len(self.at) != 1:
-                raise ValueError(f"x_hat must be a mapping from position to replacement: at= names {self.at}")
+                raise ValueError(f"x_hat must map positions to replacements where at= is not one position: {self.at}")
             x_hat = {self.at[0]: x_hat}
-        for position in x_hat:
-            if position not in self.at:
-                raise ValueError(f"x_hat names {position!r}, which is not in at= ({self.at})")
-        if not x_hat:
-            raise ValueError("x_hat replaces nothing: it is an empty mapping")
+        outside = [position for position in x_hat if position not in self.at]
+        if outside or not x_hat:
+            raise ValueError(f"x_hat must name positions of at= ({self.at}), got {list(x_hat)}")
         return Spliced(self, dict(x_hat))
 
 
 class Spliced:
-    """The model's run with replaced activations. Blocks after the last captured position wait until they are needed."""
+    """The model's run with replaced activations. Blocks after the last named position wait until they are needed."""
 
     def __init__(self, original: Original, replace: dict[str, Replacement]) -> None:
         lm = self._lm = original.lm
         self._original = original
         first = min(replace, key=lm._order.__getitem__)
-        after = {p for p in original if lm._order[p] >= lm._order[first]}
-        self._visit = _Visit(after, replace)
-        stop = max(map(_blocks_needed, after))
-        x, start = self._enter(first)
-        self._next = max(start, stop)
-        self._stream = lm._advance(x, original._calls, start, self._next, self._visit)
-        self._final: Tensor | None = None
+        affected = {p for p in original if lm._order[p] >= lm._order[first]}
+        self._visit = _Visit(affected, replace)
+        x, layer = self._enter(first)
+        self._next = max(layer, *map(_blocks_needed, affected))
+        self._stream = lm._advance(x, original._calls, layer, self._next, self._visit)
 
     def _enter(self, first: str) -> tuple[Tensor, int]:
-        """Runs to the end of the block that holds the first replacement: the stream and the index of the next block."""
+        """To the end of the block with the first replacement: the stream there and the index of the next block."""
         lm, seen, visit = self._lm, self._original._seen, self._visit
         layer, stage = _parse(first)
         if stage == "hook_resid_pre":
@@ -454,15 +482,11 @@ class Spliced:
         seen = self._visit.seen
         return seen[position] if position in seen else self._original[position]
 
-    @property
+    @cached_property
     def final(self) -> Tensor:
         """[B, T, D]: the hidden state after the final norm."""
-        if self._final is None:
-            lm = self._lm
-            self._stream = lm._advance(self._stream, self._original._calls, self._next, lm.n_layers, self._visit)
-            self._next = lm.n_layers
-            self._final = lm._parts["norm"](self._stream)
-        return self._final
+        lm = self._lm
+        return lm._norm(lm._advance(self._stream, self._original._calls, self._next, lm.n_layers, self._visit))
 
     def logits(self) -> Tensor:
         """[B, T, V]."""
@@ -470,16 +494,16 @@ class Spliced:
 
     def kl(self) -> Tensor:
         """KL(original ‖ spliced) over the vocabulary, nats, mean over all B·T tokens; never builds the logits."""
-        unembed, teacher = self._lm.unembed, self._original.final
-        student = self.final.flatten(0, 1)
-        return kernels.linear_kl(student, teacher.flatten(0, 1), unembed.weight, unembed.bias, softcap=unembed.softcap)
+        student, teacher = self.final.flatten(0, 1), self._original.final.flatten(0, 1)
+        unembed = self._lm.unembed
+        return kernels.linear_kl(student, teacher, unembed.weight, unembed.bias, softcap=unembed.softcap)
 
     def mse(self, position: str) -> Tensor:
         """Mean squared difference between what arrives at a position and the original, over tokens and channels."""
         return nnf.mse_loss(self[position], self._original[position])
 
 
-# ---------------------------------------------------------------------------------------------------- running blocks
+# --------------------------------------------------------------------------------------------------- running blocks
 
 
 class _Call:
@@ -488,12 +512,16 @@ class _Call:
     __slots__ = ("args", "kwargs")
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.args = args
-        self.kwargs = kwargs
+        self.args, self.kwargs = args, kwargs
+
+
+def _same_arguments(a: _Call, b: _Call) -> bool:
+    leaves = [tree_leaves((call.args, call.kwargs)) for call in (a, b)]
+    return all(torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in zip(*leaves, strict=True))
 
 
 class _Notes:
-    """The calls of one pass, and whether the model's blocks answer with a bare tensor or a tuple that starts with it."""
+    """The calls of one pass, and whether the blocks answer with a tensor or with a tuple that starts with it."""
 
     def __init__(self) -> None:
         self.calls: list[_Call] = []
@@ -524,7 +552,7 @@ class _Visit:
     def __init__(self, wanted: Iterable[str], replace: Mapping[str, Replacement] | None = None) -> None:
         self.replace = replace or {}
         self.names = {*wanted, *self.replace}
-        self.inside = {layer for layer, stage in map(_parse, self.names) if stage in _STAGES[1:-1]}
+        self.inside = {layer for layer, stage in map(_parse, self.names) if stage in STAGES[1:-1]}
         self.seen: dict[str, Tensor] = {}
 
     def __call__(self, name: str, x: Tensor) -> Tensor:
@@ -537,12 +565,13 @@ class _Visit:
         if not isinstance(x_hat, Tensor):
             x_hat = x_hat(x)
         if not isinstance(x_hat, Tensor) or (x_hat.shape, x_hat.dtype, x_hat.device) != (x.shape, x.dtype, x.device):
-            came = _describe(x_hat) if isinstance(x_hat, Tensor) else f"a {type(x_hat).__name__}"
-            raise ValueError(f"x_hat at {name} must be like the activation, {_describe(x)}, got {came}")
+            raise ValueError(f"x_hat at {name} must be like the activation, {_describe(x)}, got {_describe(x_hat)}")
         return x_hat
 
 
 class _Left(Exception):
+    """Carries a module's output out of the block's forward."""
+
     def __init__(self, output: Tensor) -> None:
         super().__init__()
         self.output = output
@@ -552,11 +581,20 @@ def _leave(module: nn.Module, args: Any, output: Any) -> None:
     raise _Left(_tensor(output))
 
 
-def _tap(block: nn.Module, tap: Tap, visit: _Visit, name: str) -> Any:
+def _listen(block: nn.Module, tap: Tap, visit: _Visit, name: str) -> Any:
+    """Puts a visit on a module's input or output; returns the hook's handle."""
     module = block.get_submodule(tap.module)
     if tap.side == "input":
-        return module.register_forward_pre_hook(lambda _, args: (visit(name, args[0]), *args[1:]))
-    return module.register_forward_hook(lambda _, args, output: visit(name, output))
+
+        def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (visit(name, args[0]), *args[1:])
+
+        return module.register_forward_pre_hook(before)
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return visit(name, output)
+
+    return module.register_forward_hook(after)
 
 
 def _tensor(output: Any) -> Tensor:
@@ -564,19 +602,18 @@ def _tensor(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def _describe(x: Tensor) -> str:
-    return f"{list(x.shape)} {x.dtype} on {x.device}"
+def _describe(x: Any) -> str:
+    return f"{list(x.shape)} {x.dtype} on {x.device}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
 
 
-# ---------------------------------------------------------------------------------------------------- positions
+# -------------------------------------------------------------------------------------------------------- positions
 
 
 def _positions(n_layers: int, parallel: bool) -> dict[str, int]:
     """Position → its place in the order of the network."""
-    stages = [stage for stage in _STAGES if not (parallel and stage == "hook_resid_mid")]
-    return {
-        name: i for i, name in enumerate(f"blocks.{layer}.{stage}" for layer in range(n_layers) for stage in stages)
-    }
+    stages = [stage for stage in STAGES if not (parallel and stage == "hook_resid_mid")]
+    names = (f"blocks.{layer}.{stage}" for layer in range(n_layers) for stage in stages)
+    return {name: i for i, name in enumerate(names)}
 
 
 def _parse(position: str) -> tuple[int, str]:
@@ -589,150 +626,39 @@ def _blocks_needed(position: str) -> int:
     return layer if stage == "hook_resid_pre" else layer + 1
 
 
-# ---------------------------------------------------------------------------------------------------- taking a model apart
+# ----------------------------------------------------------------------------------------------------------- loading
+
+
+class _Configs(NamedTuple):
+    """Configurations of the front alone: neither looks at the tokens, which would wait for a GPU in every step."""
+
+    masks: Any
+    """Without a padding token: transformers searches the batch for it, to warn."""
+    no_masks: Any
+    """Of an attention that needs no masks, for shapes whose masks are there already: transformers inspects position
+    ids when it makes them."""
+
+
+def _front_configs(config: Any) -> _Configs:
+    masks = copy.copy(config)
+    masks.pad_token_id = None
+    no_masks = copy.copy(masks)
+    no_masks._attn_implementation = "none_needed"
+    return _Configs(masks, no_masks)
 
 
 def _from_pretrained(source: str, dtype: torch.dtype) -> Any:
     import transformers
 
-    name = "dtype" if _version(transformers.__version__) >= (4, 56) else "torch_dtype"
+    major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
+    name = "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
     return transformers.AutoModelForCausalLM.from_pretrained(source, **{name: dtype})
 
 
-def _version(text: str) -> tuple[int, int]:
-    major, minor = text.split(".")[:2]
-    return int(major), int(minor)
-
-
 def _load_tokenizer(source: str) -> Any:
+    folder = Path(source)
+    if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
+        return None
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError):  # the documented outcome of a model without tokenizer files
-        return None
-
-
-class _Opened(NamedTuple):
-    """A model taken apart: all modules belong to our own tree."""
-
-    base: Any
-    """Embeds tokens, runs the blocks, applies the final norm."""
-    config: Any
-    family: str
-    """Key in the table of architectures."""
-    weight: Tensor
-    """(V, D), the unembedding."""
-    bias: Tensor | None
-    """(V,)."""
-
-
-def _open(model: Any) -> _Opened:
-    names = {c.__name__ for c in type(model).__mro__}
-    if "HookedTransformer" in names:
-        twin = _twin(model, {})
-        twin.cfg = copy.copy(model.cfg)  # it names the device, which is ours to change
-        return _Opened(twin, twin.cfg, "HookedTransformer", twin.unembed.W_U.T.contiguous(), twin.unembed.b_U)
-    bridge = model if "TransformerBridge" in names else None
-    if bridge is not None:
-        model = bridge.original_model
-    elif not ("PreTrainedModel" in names and hasattr(model, "get_output_embeddings")):
-        raise ValueError(
-            "model must be a name, a folder, a Hugging Face causal LM, a TransformerBridge or a HookedTransformer, "
-            f"got {type(model).__name__}"
-        )
-    twin = _twin(model, {})
-    if bridge is not None:
-        _undo_bridge(bridge, twin)
-    head = twin.get_output_embeddings()
-    if head is None:
-        raise ValueError(f"model must be a causal LM (with an unembedding), got {type(model).__name__}")
-    return _Opened(twin.base_model, twin.config, twin.config.model_type, head.weight, getattr(head, "bias", None))
-
-
-def _undo_bridge(bridge: Any, twin: Any) -> None:
-    """What the bridge changed besides wrapping modules: attention made eager, and joint QKV matrices split."""
-    if twin.config._attn_implementation == "eager" and getattr(twin, "_supports_sdpa", False):
-        config = copy.copy(twin.config)
-        config._attn_implementation = "sdpa"
-        for module in twin.modules():
-            if vars(module).get("config") is twin.config:
-                module.config = config
-        twin.config = config
-    joint = _architecture(twin.config.model_type, twin.config).joint_qkv
-    if joint is None or not getattr(bridge, "_weights_processed", False):
-        return
-    # Weight processing writes to the split matrices and leaves the joint one as it was.
-    blocks = twin.base_model.get_submodule(ARCHITECTURES[twin.config.model_type].blocks)
-    heads = twin.config.num_attention_heads if joint.by_head else 1
-    for block, bridged in zip(blocks, bridge.blocks, strict=True):
-        module = block.get_submodule(joint.module)
-        for name in ("weight", "bias"):
-            split = [getattr(getattr(bridged.attn, letter).original_component, name).detach() for letter in "qkv"]
-            rows = torch.stack([part.unflatten(0, (heads, -1)) for part in split], dim=1).flatten(0, 2)
-            is_linear = isinstance(module, nn.Linear) or name == "bias"
-            module._parameters[name] = nn.Parameter(rows if is_linear else rows.T, requires_grad=False)
-
-
-def _architecture(family: str, config: Any) -> Architecture:
-    if family not in ARCHITECTURES:
-        raise ValueError(f"model of type {family!r} is not supported; supported: {', '.join(sorted(ARCHITECTURES))}")
-    row = ARCHITECTURES[family]
-    if getattr(config, "use_normalization_before_and_after", False):  # HookedTransformer of Gemma 2 and 3
-        row = row._replace(mlp=(*row.mlp, "ln2_post"))
-    return row
-
-
-def _twin(module: Any, weights: dict[int, nn.Parameter]) -> Any:
-    """A tree of the same modules without hooks, its parameters frozen and sharing storage with the original's."""
-    if hasattr(module, "_hf_hook"):
-        raise ValueError("model is spread over devices by accelerate (device_map): load it on one device")
-    while "_original_component" in module._modules:  # TransformerBridge wraps modules in place
-        module = module._modules["_original_component"]
-    if "forward" in vars(module):
-        raise ValueError(f"model has a patched forward method in {type(module).__name__}: load a fresh copy of it")
-    twin = copy.copy(module)
-    for name, value in vars(module).items():
-        if "_hooks" in name and isinstance(value, dict):
-            vars(twin)[name] = type(value)()
-    twin._parameters = {name: _frozen(p, weights) for name, p in module._parameters.items()}
-    twin._buffers = dict(module._buffers)
-    twin._modules = {name: None if m is None else _twin(m, weights) for name, m in module._modules.items()}
-    return twin
-
-
-def _frozen(parameter: nn.Parameter | None, weights: dict[int, nn.Parameter]) -> nn.Parameter | None:
-    if parameter is None:
-        return None
-    return weights.setdefault(id(parameter), nn.Parameter(parameter.detach(), requires_grad=False))
-
-
-def _has_layer_norm(norm: nn.Module, config: Any) -> bool:
-    return isinstance(norm, nn.LayerNorm) or getattr(config, "normalization_type", None) in ("LN", "LNPre")
-
-
-def _centre_writers(front: nn.Module, blocks: Iterable[nn.Module], architecture: Architecture) -> None:
-    """Takes from every vector that is added to the residual stream its mean over d_model."""
-    trees = [(front, architecture.embeddings), *((block, architecture.writers) for block in blocks)]
-    for tree, paths in trees:
-        for path in paths:
-            owner, _, name = path.rpartition(".")
-            module = dict(tree.named_modules()).get(owner)
-            parameter = getattr(module, name, None)
-            if module is not None and parameter is not None:
-                axis = 0 if isinstance(module, nn.Linear) else -1
-                module._parameters[name] = nn.Parameter(_centred(parameter, axis), requires_grad=False)
-
-
-def _centred(weight: Tensor, axis: int) -> Tensor:
-    exact = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    return (exact - exact.mean(axis, keepdim=True)).to(weight.dtype)
-
-
-def _first_of(config: Any, *names: str, default: Any = ...) -> Any:
-    for name in names:
-        if getattr(config, name, None) is not None:
-            return getattr(config, name)
-    if default is ...:
-        raise ValueError(f"the model's configuration has none of {names}")
-    return default
+    return AutoTokenizer.from_pretrained(source)

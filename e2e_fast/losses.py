@@ -4,7 +4,7 @@ With N tokens, d the width of the SAE's input, a_i the activation at position i 
 
     sparsity      mean_N ‖c‖_p / d                                  every kind
     out_to_in     mean_{N,d} (x̂ - x)²                               local: reconstruct the input
-    out_to_orig   mean_{N,d} (x̂ - x_original)²                      differs from out_to_in when an earlier SAE is inserted
+    out_to_orig   mean_{N,d} (x̂ - x_original)²                      differs from out_to_in behind another SAE
     in_to_orig    Σ_i mean_{N,d} (a_i - a_i,original)² / |i|        downstream: later layers stay as they were
     logits_kl     mean_N KL(p_original ‖ p_spliced), in nats        e2e: the output stays as it was
 
@@ -17,7 +17,8 @@ code computes KL(original ‖ spliced) although its docstring names the other di
 1.0
 """
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
@@ -113,6 +114,32 @@ def e2e_downstream(
     return e2e(sparsity, p_norm, kl).model_copy(
         update={"in_to_orig": InToOrigLoss(total_coeff=total_coeff, hook_positions=positions)}
     )
+
+
+def with_full_names(loss: LossConfig, available: Sequence[str]) -> LossConfig:
+    """The loss with its downstream positions' names in full, in the network's order.
+
+    Raises ValueError for one that is not ``available``.
+    """
+    if loss.in_to_orig is None:
+        return loss
+    names = tuple(resolve_positions(loss.in_to_orig.hook_positions, available))
+    return loss.model_copy(update={"in_to_orig": loss.in_to_orig.model_copy(update={"hook_positions": names})})
+
+
+def resolve_positions(names: str | Sequence[str], available: Sequence[str]) -> list[str]:
+    """Full position names, in the network's order: exact names, or every position that contains a name as a part.
+
+    Raises ValueError for a name that matches nothing.
+    """
+    chosen = set()
+    for name in [names] if isinstance(names, str) else names:
+        matches = [name] if name in available else [a for a in available if name in a]
+        if not matches:
+            near = difflib.get_close_matches(name, available, n=3) or available[-3:]
+            raise ValueError(f"position {name!r} is not in this model; near it are {', '.join(near)}")
+        chosen.update(matches)
+    return [a for a in available if a in chosen]
 
 
 def compute_loss(

@@ -63,12 +63,15 @@ def _resident(field: str) -> int:
 
 
 class Timings:
-    """Seconds by phase. On CUDA each phase ends with a synchronisation, so timing is off unless asked for.
+    """Seconds by phase, each without the phases inside it, so that they add up.
+
+    On CUDA a phase begins and ends with a synchronisation: measure there only when asked to (``enabled``).
 
     >>> timings = Timings()
-    >>> with timings.phase("data"):
-    ...     time.sleep(0.01)
-    >>> timings.seconds["data"] > 0.009
+    >>> with timings.phase("step"):
+    ...     with timings.phase("backward"):
+    ...         time.sleep(0.01)
+    >>> timings.seconds["backward"] > 0.009 > timings.seconds["step"]
     True
     """
 
@@ -76,18 +79,27 @@ class Timings:
         self.seconds: dict[str, float] = {}
         self.enabled = enabled
         self._cuda = torch.device(device).type == "cuda"
+        self._inner = [0.0]
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds the time of the block to ``seconds[name]``."""
+        """Adds the time of the block, less that of the phases inside it, to ``seconds[name]``."""
         if not self.enabled:
             yield
             return
         start = self._now()
+        self._inner.append(0.0)
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - start
+            elapsed = self._now() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + elapsed - self._inner.pop()
+            self._inner[-1] += elapsed
+
+    @property
+    def total(self) -> float:
+        """Seconds of all phases."""
+        return sum(self.seconds.values())
 
     def _now(self) -> float:
         if self._cuda:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from e2e_fast import kernels
 from e2e_fast.kernels import DensityController, SparseCode
 from e2e_fast.kernels.density import default_limit
+from e2e_fast.losses import resolve_positions
 
 if TYPE_CHECKING:
     from e2e_fast.lm import LM
@@ -182,8 +183,8 @@ def load_e2e_sae(saes: Mapping[str, SAE], state: Mapping[str, Tensor], *, strict
             tensor = tensor.T if ours == "W_dec" else tensor
             if tensor.shape != parameter.shape:
                 raise ValueError(
-                    f"{key} has shape {list(tensor.shape)} ({ours}), the SAE at {position} needs {list(parameter.shape)}: "
-                    "the weights are of another model, position or dictionary size"
+                    f"{key} has shape {list(tensor.shape)} ({ours}), the SAE at {position} needs "
+                    f"{list(parameter.shape)}: the weights are of another model, position or dictionary size"
                 )
             parameter.copy_(tensor)
             covered[position] = None
@@ -193,22 +194,6 @@ def load_e2e_sae(saes: Mapping[str, SAE], state: Mapping[str, Tensor], *, strict
 def hyphenated(position: str) -> str:
     """The module name of a position: torch allows no dots in it."""
     return position.replace(".", "-")
-
-
-def resolve_positions(names: str | Sequence[str], available: Sequence[str]) -> list[str]:
-    """Full position names, in the network's order: exact names, or every position that contains a name as a part.
-
-    Raises ValueError for a name that matches nothing.
-    """
-    names = [names] if isinstance(names, str) else list(names)
-    chosen = set()
-    for name in names:
-        matches = [name] if name in available else [a for a in available if name in a]
-        if not matches:
-            last = available[-1] if available else "none"
-            raise ValueError(f"sae position {name!r} is not in this model; its positions run to {last!r}")
-        chosen.update(matches)
-    return [a for a in available if a in chosen]
 
 
 class SAETransformer(nn.Module):

@@ -20,10 +20,10 @@ The Trainer calls this once a micro-batch; so can any other loop.
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from torch import Tensor
 
 from e2e_fast.losses import LossConfig, compute_loss
+from e2e_fast.measure import Timings
 
 if TYPE_CHECKING:
     from e2e_fast.lm import LM, Original, Spliced
@@ -45,26 +45,40 @@ class StepResult(NamedTuple):
 
 
 def training_step(
-    lm: "LM", saes: "Mapping[str, SAE]", loss: LossConfig, tokens: Tensor, *, accumulation_steps: int = 1
+    lm: "LM",
+    saes: "Mapping[str, SAE]",
+    loss: LossConfig,
+    tokens: Tensor,
+    *,
+    accumulation_steps: int = 1,
+    timings: Timings | None = None,
 ) -> StepResult:
     """Forward and backward of one micro-batch; gradients are added to the SAEs' ``.grad``.
 
     tokens [B, T]. ``loss`` names its downstream positions in full. The loss is divided by ``accumulation_steps``
-    before the backward, so that the gradients of an optimizer step are those of its mean loss.
+    before the backward, so that the gradients of an optimizer step are those of its mean loss. ``timings`` receives the
+    seconds of each phase.
     """
-    result = forward_step(lm, saes, loss, tokens)
-    (result.loss / accumulation_steps).backward()
+    timings = timings or Timings(enabled=False)
+    result = forward_step(lm, saes, loss, tokens, timings)
+    with timings.phase("backward"):
+        (result.loss / accumulation_steps).backward()
     return result._replace(loss=result.loss.detach())
 
 
-def forward_step(lm: "LM", saes: "Mapping[str, SAE]", loss: LossConfig, tokens: Tensor) -> StepResult:
+def forward_step(
+    lm: "LM", saes: "Mapping[str, SAE]", loss: LossConfig, tokens: Tensor, timings: Timings | None = None
+) -> StepResult:
     """The step without its backward; evaluation calls it under ``torch.no_grad``."""
-    original = lm.original(tokens, at=list(saes), downstream=list(loss.downstream), suffix=not loss.is_local)
+    timings = timings or Timings(enabled=False)
+    with timings.phase("prefix" if loss.is_local else "prefix and teacher"):
+        original = lm.original(tokens, at=list(saes), downstream=list(loss.downstream), suffix=not loss.is_local)
     acts: dict[str, SAEActs] = {}
 
     def autoencode_at(position: str) -> Callable[[Tensor], Tensor]:
         def run(x: Tensor) -> Tensor:
-            acts[position] = saes[position](x)
+            with timings.phase("SAE"):
+                acts[position] = saes[position](x)
             return acts[position].output
 
         return run
@@ -74,6 +88,8 @@ def forward_step(lm: "LM", saes: "Mapping[str, SAE]", loss: LossConfig, tokens: 
         for position in saes:
             autoencode_at(position)(original[position])
     else:
-        spliced = original.splice({position: autoencode_at(position) for position in saes})
-    total, terms = compute_loss(loss, acts, original, spliced)
+        with timings.phase("student"):
+            spliced = original.splice({position: autoencode_at(position) for position in saes})
+    with timings.phase("losses"):
+        total, terms = compute_loss(loss, acts, original, spliced)
     return StepResult(total, terms, acts, original, spliced)

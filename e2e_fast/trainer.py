@@ -1,7 +1,7 @@
 """The training loop: batches → `step.training_step` → clip → Adam, with schedule, logs, evaluation and checkpoints.
 
-With default settings a run gives e2e_sae's numbers: initialisation, losses, learning rate, Adam, clipping and the steps at
-which things are logged. Counts are in sequences ("samples"); an optimizer step takes ``effective_batch_size`` of them.
+With default settings a run gives e2e_sae's numbers: initialisation, losses, learning rate, Adam, clipping and the
+steps at which things are logged. Counts are in sequences ("samples"); an optimizer step takes ``effective_batch_size`` of them.
 
 >>> import e2e_fast                                                            # doctest: +SKIP
 >>> run = e2e_fast.train("e2e.yaml")                                           # doctest: +SKIP
@@ -22,12 +22,13 @@ from torch import Tensor
 from e2e_fast import checkpoint, losses
 from e2e_fast.config import Config, load_config
 from e2e_fast.data import TokenBatches
-from e2e_fast.evaluate import evaluate_saes, evaluation_loss
+from e2e_fast.evaluation import evaluate, evaluate_saes, evaluation_loss
 from e2e_fast.lm import load_lm
 from e2e_fast.log import ConsoleLog, JsonlLog, Log, WandbLog
 from e2e_fast.losses import LossConfig
+from e2e_fast.measure import Timings
 from e2e_fast.metrics import ActFrequency, step_metrics
-from e2e_fast.sae import SAETransformer, load_e2e_sae, resolve_positions, to_e2e_sae
+from e2e_fast.sae import SAETransformer, load_e2e_sae, to_e2e_sae
 from e2e_fast.step import StepResult, forward_step, training_step
 
 EVAL_SEED_OFFSET = 42
@@ -60,11 +61,11 @@ def train(
 ) -> Run:
     """Trains SAEs as ``config`` says: a YAML file, a mapping or a Config.
 
-    ``lm`` (anything `load_lm` takes), ``tokens`` [samples, T] (taken in order, no tokenizer needed) and ``init`` (weights
-    under e2e_sae's keys) replace what the configuration names. ``resume`` is a run folder to go on with.
+    ``lm`` (anything `load_lm` takes), ``tokens`` [samples, T] (taken in order, no tokenizer needed) and ``init``
+    (weights under e2e_sae's keys) replace what the configuration names. ``resume`` is a run folder to go on with.
 
-    Raises ConfigError, ValueError and FileNotFoundError before anything is trained; TrainingStopped when the loss is not
-    finite; CheckpointError when a checkpoint cannot be written.
+    Raises ConfigError, ValueError and FileNotFoundError before anything is trained; TrainingStopped when the loss is
+    not finite; CheckpointError when a checkpoint cannot be written.
     """
     return Trainer(config, lm, tokens, init, resume=resume, quiet=quiet).fit()
 
@@ -93,7 +94,7 @@ class Trainer:
             self.lm, config.saes.sae_positions, config.saes.dict_size_to_input_ratio, k=config.saes.k
         )
         self.saes = self.model.by_position
-        self.loss = self._resolve(self._preset_loss(config.loss))
+        self.loss = losses.with_full_names(self._preset_loss(config.loss), self.lm.positions())
         frozen = self._load_pretrained()
         if init is not None:
             load_e2e_sae(self.saes, init)
@@ -110,6 +111,8 @@ class Trainer:
         for position in frozen:
             self.saes[position].requires_grad_(False)
         self.optimizer = torch.optim.Adam(self.parameters.values(), lr=config.lr, fused=True)
+        self.timings = Timings(device, enabled=torch.device(device).type == "cpu")
+        """Seconds by phase of the training steps; on a GPU set ``timings.enabled`` (each phase then synchronises)."""
         self.batches = self._batches("train", tokens)
         self.history: list[dict[str, float]] = []
         self.samples = self.micro_batches = self.grad_updates = self.total_tokens = 0
@@ -146,7 +149,9 @@ class Trainer:
         """One micro-batch and, when it completes an optimizer step, the update; then whatever is due at this point."""
         config = self.config
         accumulation = config.n_gradient_accumulation_steps
-        result = training_step(self.lm, self.saes, self.loss, tokens, accumulation_steps=accumulation)
+        result = training_step(
+            self.lm, self.saes, self.loss, tokens, accumulation_steps=accumulation, timings=self.timings
+        )
         before, first = self.samples, self.micro_batches == 0
         self.samples += len(tokens)
         self.total_tokens += tokens.numel()
@@ -168,11 +173,12 @@ class Trainer:
     def _update(self) -> Tensor | None:
         """Clips, steps Adam, moves the learning rate on; returns the norm of the gradients before clipping."""
         norm = None
-        if self.config.max_grad_norm is not None:
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
-        self.optimizer.param_groups[0]["lr"] = self.config.lr * lr_factor(self.config, self.grad_updates)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        with self.timings.phase("optimizer"):
+            if self.config.max_grad_norm is not None:
+                norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
+            self.optimizer.param_groups[0]["lr"] = self.config.lr * lr_factor(self.config, self.grad_updates)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         self.grad_updates += 1
         return norm
 
@@ -180,7 +186,12 @@ class Trainer:
         total = self.config.n_samples
         if total is not None and self.samples >= total:
             return
-        for tokens in self.batches:
+        batches = iter(self.batches)
+        while True:
+            with self.timings.phase("data"):
+                tokens = next(batches, None)
+            if tokens is None:
+                break
             if total is not None:
                 tokens = tokens[: total - self.samples]
             yield tokens.to(self.lm.device, non_blocking=True)
@@ -292,7 +303,7 @@ class Trainer:
     # ------------------------------------------------------------------ checkpoints
 
     def save(self) -> Path | None:
-        """Writes configuration, weights and resume state; returns the weight file. Older files stay until it is whole."""
+        """Writes configuration, weights and resume state; returns the weight file. Older files stay until then."""
         if self.folder is None:
             return None
         state = to_e2e_sae(self.saes)
@@ -308,7 +319,11 @@ class Trainer:
             extra.update({f"frequency.{p}": c for p, c in self.frequency.counts.items()})
         checkpoint.save_resume(
             self.folder, self.samples, self.optimizer, list(self.parameters), extra,
-            {"counters": counters, "data": self.batches.state_dict(), "density": {p: s.density.sparse for p, s in self.saes.items()}},
+            {
+                "counters": counters,
+                "data": self.batches.state_dict(),
+                "density": {position: sae.density.sparse for position, sae in self.saes.items()},
+            },
         )  # fmt: skip
         checkpoint.keep_last(self.folder, "resume", 2)
         self._last_checkpoint = path
@@ -362,13 +377,6 @@ class Trainer:
             return losses.e2e_downstream(sparsity[0], positions, sparsity[1])
         return loss
 
-    def _resolve(self, loss: LossConfig) -> LossConfig:
-        """The loss with its positions' names in full."""
-        if loss.in_to_orig is None:
-            return loss
-        names = tuple(resolve_positions(loss.in_to_orig.hook_positions, self.lm.positions()))
-        return loss.model_copy(update={"in_to_orig": loss.in_to_orig.model_copy(update={"hook_positions": names})})
-
     def _load_pretrained(self) -> set[str]:
         """Loads ``pretrained_sae_paths``; returns the positions that stay frozen."""
         covered: set[str] = set()
@@ -397,6 +405,20 @@ class Trainer:
             tokenizer=None if tokens is not None else self.lm.tokenizer,
             vocab_size=self.lm.d_vocab,
         )
+
+
+def evaluate_run(config: Config, state: Mapping[str, Tensor], samples: int | None) -> dict[str, float]:
+    """`evaluate` of saved weights on the configuration's eval_data (without one, on its train_data)."""
+    model = SAETransformer.from_weights(config.model_dump(mode="json"), state)
+    data = config.eval_data or config.train_data
+    seed = config.seed + EVAL_SEED_OFFSET if data.seed is None else data.seed
+    batches = TokenBatches(
+        data, config.batch_size, seed=seed, tokenizer=model.lm.tokenizer, vocab_size=model.lm.d_vocab, repeat=False
+    )
+    try:
+        return evaluate(model, _first_samples(batches, samples), loss=config.loss)
+    finally:
+        batches.close()
 
 
 class LocalTrainer(Trainer):

@@ -11,8 +11,8 @@ same arguments.
 torch.Size([4, 8])
 """
 
-# With the repository root on sys.path this folder is also importable as `kernels`, the name of a Hugging Face package that
-# transformers 5 probes for by importing it. So it must import under that name too, and must have no `__version__`: the
+# With the repository root on sys.path this folder is also importable as `kernels`, the name of a Hugging Face package
+# that transformers 5 probes for by importing it. So it must import under that name too and have no `__version__`: the
 # probe then finds no usable version and leaves it alone. An exception here would break `import transformers`.
 
 from e2e_fast.kernels import reference

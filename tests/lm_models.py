@@ -8,8 +8,9 @@ import torch
 LAYERS, WIDTH, VOCAB, CONTEXT = 3, 32, 50, 24
 
 _LLAMA = {
-    "num_hidden_layers": LAYERS, "hidden_size": WIDTH, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCAB,
-    "intermediate_size": 48, "max_position_embeddings": CONTEXT, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+    "num_hidden_layers": LAYERS, "hidden_size": WIDTH, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 48, "vocab_size": VOCAB, "max_position_embeddings": CONTEXT, "bos_token_id": 0,
+    "eos_token_id": 0, "pad_token_id": 0,
 }  # fmt: skip
 _WINDOW = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8,
            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}  # fmt: skip
@@ -23,11 +24,13 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "n_layer": LAYERS, "n_embd": WIDTH, "n_head": 4, "vocab_size": VOCAB, "n_positions": CONTEXT, "bos_token_id": 0,
         "eos_token_id": 0}),
     "gpt_neo": ("GPTNeoForCausalLM", "GPTNeoConfig", _NEO | {
-        "num_layers": LAYERS, "num_heads": 4, "attention_types": [[["global", "local", "global"], 1]], "window_size": 5}),
+        "num_layers": LAYERS, "num_heads": 4, "window_size": 5,
+        "attention_types": [[["global", "local", "global"], 1]]}),
     "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", _NEO | {
         "num_hidden_layers": LAYERS, "num_attention_heads": 4, "intermediate_size": 48}),
     "gpt_neox_sequential": ("GPTNeoXForCausalLM", "GPTNeoXConfig", _NEO | {
-        "num_hidden_layers": LAYERS, "num_attention_heads": 4, "intermediate_size": 48, "use_parallel_residual": False}),
+        "num_hidden_layers": LAYERS, "num_attention_heads": 4, "intermediate_size": 48,
+        "use_parallel_residual": False}),
     "llama": ("LlamaForCausalLM", "LlamaConfig", _LLAMA),
     "llama_biased": ("LlamaForCausalLM", "LlamaConfig", _LLAMA | {"attention_bias": True, "mlp_bias": True}),
     "mistral": ("MistralForCausalLM", "MistralConfig", _LLAMA | {"sliding_window": 8}),
@@ -50,7 +53,7 @@ def random_model(family: str, **changes: Any) -> Any:
     model = getattr(transformers, model_class)(config)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
-        scale = 0.3 if parameter.ndim == 1 or "emb" in name or "w" == name[-9:-8] else 1.5 * parameter.shape[-1] ** -0.5
+        scale = 0.3 if parameter.ndim == 1 else 1.5 * parameter.shape[-1] ** -0.5
         noise = torch.randn(parameter.shape, generator=generator) * scale
         is_gain = parameter.ndim == 1 and name.endswith("weight") and "gemma" not in family
         parameter.data.copy_(noise + 1 if is_gain else noise)
@@ -148,7 +151,17 @@ def hooked_transformer(model: Any, processed: bool = True) -> Any:
 
     lens = HookedTransformer(HookedTransformerConfig(**settings))
     flags = dict.fromkeys(("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"), processed)
-    if "gemma2" == c.model_type:
+    if c.model_type == "gemma2":
         flags["center_unembed"] = False  # as HookedTransformer.from_pretrained does where logits are soft-capped
     lens.load_and_process_state_dict(to_lens(model, lens.cfg), **flags)
     return lens.eval()
+
+
+def bridge(model: Any, processed: bool = False) -> Any:
+    """TransformerLens' TransformerBridge around the model, which it wraps in place."""
+    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+
+    bridged = build_bridge_from_module(model, type(model).__name__, hf_config=model.config)
+    if processed:
+        bridged.enable_compatibility_mode()
+    return bridged

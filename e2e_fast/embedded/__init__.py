@@ -12,7 +12,9 @@ True
 """
 
 import json
+from collections.abc import Iterator
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,32 +48,56 @@ def text(split: str = "train") -> str:
 def tokens(split: str = "train", n_ctx: int = 128, n_samples: int | None = None) -> Tensor:
     """Windows of token ids, [samples, n_ctx] int64: BOS before each document, all joined, cut every `n_ctx` tokens.
 
-    The first `n_samples` windows, or all; a last shorter window is dropped. The text is tokenised once a process.
-    Raises ValueError when `n_ctx` or `n_samples` is not positive or more than there is.
+    The first `n_samples` windows, or all; a last shorter window is dropped. No more is tokenised than asked for; what
+    has been is kept in memory. Raises ValueError when `n_ctx` or `n_samples` is not positive or more than there is.
     """
-    row = ids(split)
-    if not 1 <= n_ctx <= len(row):
-        raise ValueError(f"n_ctx must lie in [1, {len(row)}], the tokens of the embedded {split} text, got {n_ctx}")
+    if n_ctx < 1 or (n_samples is not None and n_samples < 1):
+        raise ValueError(f"n_ctx and n_samples must be positive, got {n_ctx} and {n_samples}")
+    row = ids(split, None if n_samples is None else n_samples * n_ctx)
     available = len(row) // n_ctx
-    if n_samples is not None and not 1 <= n_samples <= available:
-        raise ValueError(f"n_samples must lie in [1, {available}] for {split!r} at n_ctx={n_ctx}, got {n_samples}")
-    n_samples = available if n_samples is None else n_samples
+    if available < (n_samples or 1):
+        raise ValueError(
+            f"the embedded {split} text has {len(row)} tokens, {available} samples of n_ctx={n_ctx}; "
+            f"n_samples asks for {n_samples or 'at least 1'}"
+        )
+    n_samples = n_samples or available
     return torch.from_numpy(row[: n_samples * n_ctx].reshape(n_samples, n_ctx).astype(np.int64))
 
 
-def encode(tokenizer: "Tokenizer", split: str) -> np.ndarray:
-    """Token ids of a whole split, uint16 [tokens], with the separator's id before each document."""
+def ids(split: str = "train", at_least: int | None = None) -> np.ndarray:
+    """Token ids in one row, uint16 [tokens], read-only, BOS before each document: the whole split, or its beginning of
+    `at_least` tokens and a little more."""
+    return _encoded(split).first(at_least)
+
+
+def encode(tokenizer: "Tokenizer", split: str) -> Iterator[np.ndarray]:
+    """Token ids of a split, uint16 [tokens], some documents at a time, with the separator's id before each document."""
     bos = tokenizer.token_to_id(SEPARATOR)
-    documents = [document for _, document in corpus.documents(split)]
-    rows = tokenizer.encode_batch(documents, add_special_tokens=False)
-    return np.concatenate([np.array([bos, *row.ids], dtype=np.uint16) for row in rows])
+    documents = (document for _, document in corpus.documents(split))
+    while portion := list(islice(documents, 32)):
+        rows = tokenizer.encode_batch(portion, add_special_tokens=False)
+        yield np.concatenate([np.array([bos, *row.ids], dtype=np.uint16) for row in rows])
+
+
+class _Encoded:
+    """A split, tokenised as far as somebody asked."""
+
+    def __init__(self, split: str) -> None:
+        from tokenizers import Tokenizer
+
+        self._portions = encode(Tokenizer.from_file(str(Path(path()) / "tokenizer.json")), split)
+        self._ids = np.empty(0, dtype=np.uint16)
+
+    def first(self, at_least: int | None) -> np.ndarray:
+        parts, n = [self._ids], len(self._ids)
+        while (at_least is None or n < at_least) and (portion := next(self._portions, None)) is not None:
+            parts.append(portion)
+            n += len(portion)
+        self._ids = np.concatenate(parts)
+        self._ids.flags.writeable = False
+        return self._ids
 
 
 @lru_cache(maxsize=2)
-def ids(split: str = "train") -> np.ndarray:
-    """Token ids of a whole split in one row, uint16 [tokens]; read-only, kept in memory."""
-    from tokenizers import Tokenizer
-
-    row = encode(Tokenizer.from_file(str(Path(path()) / "tokenizer.json")), split)
-    row.flags.writeable = False
-    return row
+def _encoded(split: str) -> _Encoded:
+    return _Encoded(split)

@@ -5,7 +5,8 @@ A document is one source file (code, comments and docstrings), or one page of th
 13 (about one file in twenty), so a file stays on its side of the split in every Python version; the documentation is
 trained on. Documents come in the order of that hash: fixed, and every prefix of it is a fair sample of the whole.
 
-The text depends on the Python version alone. Left out are the parts that some distributions ship apart or patch
+The text is meant to depend on the Python version alone (`fingerprint` tells, where a distribution has patched more than
+is known here). Left out are the parts that some distributions ship apart or patch
 (idlelib, tkinter, lib2to3, distutils, ensurepip, venv, turtledemo, site configuration), tests, and the tables of
 `encodings`, which are no prose and no code.
 
@@ -77,7 +78,6 @@ def standard_library() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
-@lru_cache(maxsize=1)
 def fingerprint() -> str:
     """Sixteen hexadecimal digits that are equal where the text is: of the names and texts of both splits."""
     total = hashlib.sha256()

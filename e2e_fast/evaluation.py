@@ -1,4 +1,4 @@
-"""How well SAEs preserve a language model: losses, sparsity, downstream reconstruction and cross-entropy, without training.
+"""How well SAEs preserve a language model: losses, sparsity, downstream reconstruction and cross-entropy.
 
 As in e2e_sae's evaluation, KL and the MSE at later residual streams are measured even where they are not trained on;
 means over batches are weighted by their tokens.
@@ -38,7 +38,8 @@ def evaluate(
     tokens: [samples, T], or an iterable of [B, T] batches. ``loss`` is the training loss, whose other terms are then
     reported too. Raises ValueError when there is no batch.
     """
-    loss = evaluation_loss(loss or losses.e2e(sparsity=0.0), model.lm, list(model.by_position))
+    loss = losses.with_full_names(loss or losses.e2e(sparsity=0.0), model.lm.positions())
+    loss = evaluation_loss(loss, model.lm, list(model.by_position))
     return evaluate_saes(model.lm, model.by_position, loss, batches_of(tokens, batch_size))
 
 

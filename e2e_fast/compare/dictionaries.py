@@ -1,0 +1,185 @@
+"""Dictionaries from wherever they are: tensors, arrays, SAE objects, and the files of the common libraries.
+
+A dictionary is a matrix whose rows are features: (n, d). Files are told apart by their tensors' names:
+
+======================  ==================================  ===================================
+library                 decoder                             encoder
+======================  ==================================  ===================================
+e2e_sae, ours           ``….decoder.weight`` [d, n]         ``….encoder.0.weight`` [n, d]
+dictionary_learning,    ``decoder.weight`` [d, n]           ``encoder.weight`` [n, d]
+openai
+sparsify                ``W_dec`` [n, d]                    ``encoder.weight`` [n, d]
+SAELens                 ``W_dec`` [n, d]                    ``W_enc`` [d, n]
+llamascopium            ``W_D`` [n, d]                      ``W_E`` [d, n]
+======================  ==================================  ===================================
+
+A file with one matrix alone is that matrix, rows as features. A file with several SAEs is asked for one by
+``path::name``, as in ``final.safetensors::blocks.6.hook_resid_pre``. Nothing in a ``.pt`` file is executed.
+
+>>> import torch
+>>> class SAE:
+...     W_dec, W_enc = torch.eye(2, 3), torch.zeros(2, 3)
+>>> read_dictionary(SAE()).shape
+torch.Size([2, 3])
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# (name's ending, whether the stored matrix is [d, n])
+_DECODERS = (("W_dec", False), ("W_D", False), ("decoder.weight", True))
+_ENCODERS = (("W_enc", True), ("W_E", True), ("encoder.0.weight", False), ("encoder.weight", False))
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+_FOLDER_FILES = ("sae_weights.safetensors", "sae.safetensors", "ae.pt", "final.safetensors", "model.safetensors")
+_SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".safetensors")
+
+
+def read_dictionary(source: Any, *, which: str = "decoder", encoder_share: float = 0.5) -> Tensor:
+    """The features of `source` as rows (n, d), float32 or float64, on the CPU.
+
+    source: a tensor or array (n, d) of any float dtype; an object with ``W_dec`` (and ``W_enc``), [F, D]; or the path of
+    a ``.npy``, ``.npz``, ``.pt``, ``.safetensors`` file or of a folder with one, ``path::name`` where it holds several.
+    which: ``"decoder"``, ``"encoder"``, or ``"both"``: rows [√(1−w)·unit decoder, √w·unit encoder], w = encoder_share, of
+    length 2d, whose products are (1−w)·cos_dec + w·cos_enc; a feature with either half zero becomes a zero row.
+
+    Raises ValueError when the source does not have what is asked for, or has it more than once.
+    """
+    if which not in ("decoder", "encoder", "both"):
+        raise ValueError(f"which must be 'decoder', 'encoder' or 'both', got {which!r}")
+    if not 0.0 < encoder_share < 1.0:
+        raise ValueError(f"encoder_share must lie strictly between 0 and 1, got {encoder_share}")
+    if isinstance(source, str | Path):
+        decoder, encoder = _from_tensors(*_load(str(source)), str(source))
+    elif hasattr(source, "W_dec"):
+        decoder, encoder = source.W_dec, getattr(source, "W_enc", None)
+        if encoder is not None and encoder.shape != decoder.shape and encoder.T.shape == decoder.shape:
+            encoder = encoder.T  # SAELens objects keep [d, n]
+    elif hasattr(source, "saes"):
+        saes = source.saes
+        if len(saes) != 1:
+            raise ValueError(f"the model has {len(saes)} SAEs ({', '.join(saes)}): pass one of model.saes")
+        return read_dictionary(next(iter(saes.values())), which=which, encoder_share=encoder_share)
+    else:
+        decoder, encoder = _plain(source), None
+        if which != "decoder":
+            raise ValueError(f"which={which!r} needs an SAE or its file: a bare matrix is taken as the decoder")
+    if which == "decoder":
+        return _plain(decoder)
+    if encoder is None:
+        raise ValueError(f"which={which!r} needs encoder weights, and the source has none")
+    if which == "encoder":
+        return _plain(encoder)
+    return _joint(_plain(decoder), _plain(encoder), encoder_share)
+
+
+def check_rows(x: Tensor, name: str) -> None:
+    """Raises ValueError unless x is a non-empty matrix of finite numbers; names the first rows that are not."""
+    if x.ndim != 2:
+        raise ValueError(f"{name} must be a matrix (features, d), got shape {tuple(x.shape)}")
+    if x.numel() == 0:
+        raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
+    # One pass: a row's sum of squares in float64 is finite when all its entries are.
+    bad = np.flatnonzero(~np.isfinite(_norms(x)))
+    if len(bad):
+        shown = ", ".join(map(str, bad[:5])) + (", …" if len(bad) > 5 else "")
+        raise ValueError(f"{name} must be finite, but has NaN or infinite entries in {len(bad)} rows: {shown}")
+
+
+def _norms(x: Tensor) -> np.ndarray:
+    from e2e_fast.kernels.neighbours import row_norms
+
+    return row_norms(x).numpy()
+
+
+def _plain(x: Any) -> Tensor:
+    x = torch.as_tensor(x).detach()
+    if not x.is_floating_point():
+        raise ValueError(f"a dictionary must hold floating-point numbers, got {x.dtype}")
+    return (x if x.dtype == torch.float64 else x.float()).cpu().contiguous()
+
+
+def _joint(decoder: Tensor, encoder: Tensor, share: float) -> Tensor:
+    if decoder.shape != encoder.shape:
+        raise ValueError(f"decoder and encoder must agree in shape, got {tuple(decoder.shape)} and {tuple(encoder.shape)}")
+    norms = [half.double().norm(dim=1, keepdim=True) for half in (decoder, encoder)]
+    whole = (norms[0] > 0) & (norms[1] > 0)
+    scales = [torch.where(whole, weight**0.5 / norm, 0) for weight, norm in zip((1 - share, share), norms, strict=True)]
+    halves = [half.double() * scale for half, scale in zip((decoder, encoder), scales, strict=True)]
+    return torch.cat(halves, dim=1).to(decoder.dtype)
+
+
+def _load(source: str) -> tuple[dict[str, Any], str | None]:
+    """The tensors of a file or folder by name, and the name asked for after ``::``."""
+    path_text, _, name = source.partition("::")
+    path = _file_in(Path(path_text).expanduser())
+    if path.suffix == ".npy":
+        tensors = {"": np.load(path, allow_pickle=False)}
+    elif path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as arrays:
+            tensors = {key: arrays[key] for key in arrays.files}
+    elif path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        tensors = load_file(path)
+    elif path.suffix in (".pt", ".pth"):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        while isinstance(content, dict) and (key := next((w for w in _WRAPPERS if isinstance(content.get(w), dict)), None)):
+            content = content[key]
+        tensors = content if isinstance(content, dict) else {"": content}
+    else:
+        raise ValueError(f"{path} must end in one of {', '.join(_SUFFIXES)}")
+    return {key: value for key, value in tensors.items() if getattr(value, "ndim", 0) == 2}, name or None
+
+
+def _file_in(path: Path) -> Path:
+    if not path.exists():
+        raise ValueError(f"no such file or folder: {path}")
+    if path.is_file():
+        return path
+    known = [path / name for name in _FOLDER_FILES if (path / name).is_file()]
+    if known:
+        return known[0]
+    # e2e_sae's folders: samples_N.pt, the largest N is the last.
+    samples = sorted(path.glob("samples_*.pt"), key=lambda p: int("0" + p.stem.removeprefix("samples_")))
+    files = samples[-1:] or [p for p in sorted(path.iterdir()) if p.suffix in _SUFFIXES]
+    if len(files) != 1:
+        raise ValueError(f"{path} must hold one file of weights, found {[p.name for p in files]}")
+    return files[0]
+
+
+def _from_tensors(tensors: dict[str, Any], name: str | None, source: str) -> tuple[Tensor, Tensor | None]:
+    found = {prefix: matrix for prefix, matrix in _find(tensors, _DECODERS).items()}
+    encoders = _find(tensors, _ENCODERS)
+    if not found:  # no SAE: a named or the only matrix
+        plain = {name: tensors[name]} if name in tensors else tensors
+        if len(plain) != 1:
+            raise ValueError(f"{source} must hold a decoder or a single matrix, found {sorted(tensors)}")
+        return torch.as_tensor(next(iter(plain.values()))), None
+    if name is not None:
+        wanted = name.replace("-", ".")
+        found = {prefix: matrix for prefix, matrix in found.items() if prefix.replace("-", ".").rstrip(".") == wanted}
+    if len(found) != 1:
+        names = sorted(p.rstrip(".").replace("-", ".") for p in _find(tensors, _DECODERS))
+        raise ValueError(f"{source} holds SAEs {names}: ask for one as path::name")
+    ((prefix, decoder),) = found.items()
+    encoder = encoders.get(prefix)
+    if encoder is not None and encoder.shape != decoder.shape and encoder.T.shape == decoder.shape:
+        encoder = encoder.T  # ours as [F, D] under SAELens's name
+    return decoder, encoder
+
+
+def _find(tensors: dict[str, Any], endings: tuple[tuple[str, bool], ...]) -> dict[str, Tensor]:
+    """Matrices (n, d) by what precedes the ending of their name."""
+    found: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        for ending, transposed in endings:
+            prefix = key.removesuffix(ending)
+            if key.endswith(ending) and (not prefix or prefix.endswith(".")) and prefix not in found:
+                matrix = torch.as_tensor(value)
+                found[prefix] = matrix.T if transposed else matrix
+                break
+    return found
