@@ -31,7 +31,7 @@ from e2e_fast.kernels.triton import _launch
 from e2e_fast.kernels.triton.adam import adam_step
 from e2e_fast.kernels.triton.autoencode import code_backward
 from e2e_fast.kernels.triton.decode import decode, row_inverse_norms
-from e2e_fast.kernels.triton.encode import encode_relu, encode_topk
+from e2e_fast.kernels.triton.encode import encode_relu, encode_topk, encode_topk_screened
 from e2e_fast.kernels.triton.linear_kl import linear_kl
 from e2e_fast.measure import PeakMemory
 
@@ -152,6 +152,27 @@ def topk_operator(N: int, D: int, F: int, k: int, target_ms: float | None) -> Op
     flops, moved = 2 * N * D * F, 2 * (F * D + N * D) + 6 * N * k
     shape = f"N {N}, d {D}, F {F}, k {k}"
     return Operator("encode_topk", shape, providers, error, 0.2, flops, moved, target_ms, ["topk_scan", "topk_rank"])
+
+
+def screened_operator(N: int, D: int, F: int, k: int) -> Operator:
+    """encode_topk of float32 inputs: bf16 screen and float32 rescoring against float32 products."""
+    x, weight = normal(N, D).float() / 3, normal(F, D).float() / D**0.5 / 3
+    rows = torch.arange(0, N, max(1, N // 16), device=DEVICE)
+    expected = reference.encode_topk(x[rows].double(), weight.double(), None, k).to_dense(F)
+
+    def eager() -> tuple[Tensor, Tensor]:
+        values, indices = torch.topk(nnf.linear(x, weight), k, dim=-1)
+        return torch.relu(values), indices
+
+    def error(result: Any) -> float:
+        dense = torch.zeros(len(rows), F, dtype=torch.float64, device=DEVICE)
+        return relative_error(dense.scatter_add(1, result[1][rows].long(), result[0][rows].double()), expected)
+
+    providers = {"ours": lambda: encode_topk_screened(x, weight, None, k), "torch eager": eager}
+    flops, moved = 2 * N * D * F, 4 * (F * D + N * D) + 8 * N * k + 4 * N * k * D
+    shape = f"float32, N {N}, d {D}, F {F}, k {k}"
+    kernels = ["topk_scan", "rescore"]
+    return Operator("encode_topk", shape, providers, error, 1e-2, flops, moved, None, kernels)
 
 
 def relu_operator(N: int, D: int, F: int, capacity: int) -> Operator:
@@ -376,6 +397,7 @@ def operators(tiny: bool) -> Iterator[Callable[[], Operator | Iterator[Operator]
     if tiny:
         yield lambda: kl_operator(4, 8, 70, None)
         yield lambda: topk_operator(3, 8, 96, 4, None)
+        yield lambda: screened_operator(3, 8, 96, 1)
         yield lambda: relu_operator(3, 8, 96, 12)
         yield lambda: backward_operator(6, 8, 20, 3, None)
         yield lambda: adam_operator(4, 16, None)
@@ -386,6 +408,7 @@ def operators(tiny: bool) -> Iterator[Callable[[], Operator | Iterator[Operator]
     yield lambda: kl_operator(8192, 2304, 256000, 54.0)
     yield lambda: topk_operator(8192, 768, 46080, 64, 1.8)
     yield lambda: topk_operator(8192, 768, 131072, 64, 5.0)
+    yield lambda: screened_operator(8192, 768, 46080, 64)
     yield lambda: relu_operator(8192, 768, 46080, 256)
     yield lambda: backward_operator(8192, 768, 46080, 64, 0.8)
     yield lambda: adam_operator(46080, 768, 0.6)
@@ -433,6 +456,10 @@ SWEEP: dict[str, list[dict[str, int]]] = {
     "code_backward": [{"BLOCK_T": t, "num_warps": w} for t, w in ((1, 4), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8))],
     "topk_scan": [{"BLOCK": b, "num_warps": w} for b, w in ((1024, 4), (2048, 8), (2048, 16), (4096, 16))],
     "topk_rank": [{"BLOCK": b, "num_warps": w} for b, w in ((8, 2), (16, 2), (16, 4), (32, 4))],
+    "rescore": [
+        {"BLOCK_K": k, "BLOCK_D": d, "num_warps": w}
+        for k, d, w in ((8, 256, 4), (16, 256, 4), (16, 256, 8), (32, 256, 8), (8, 1024, 8))
+    ],
     "filter": [{"BLOCK": b, "num_warps": w} for b, w in ((1024, 4), (2048, 8), (4096, 8), (4096, 16))],
     "adam": [{"BLOCK": b, "num_warps": w} for b, w in ((256, 2), (512, 4), (1024, 4), (1024, 8))],
 }

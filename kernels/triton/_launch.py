@@ -60,6 +60,16 @@ BLOCKS: dict[str, dict[tuple[str, str, str], dict[str, int]]] = {
         ("sm_90", "any", "wide"): {"BLOCK": 4, "num_warps": 16},
         ("interpreter", "any", "any"): {"BLOCK": 8},
     },
+    "round_rows": {
+        ("sm_80", "any", "any"): {"BLOCK": 1024, "num_warps": 4},
+        ("sm_90", "any", "any"): {"BLOCK": 1024, "num_warps": 4},
+        ("interpreter", "any", "any"): {"BLOCK": 16},
+    },
+    "rescore": {
+        ("sm_80", "any", "any"): {"BLOCK_K": 16, "BLOCK_D": 256, "num_warps": 8},
+        ("sm_90", "any", "any"): {"BLOCK_K": 16, "BLOCK_D": 256, "num_warps": 8},
+        ("interpreter", "any", "any"): {"BLOCK_K": 16, "BLOCK_D": 16},
+    },
     "filter": {
         ("sm_80", "any", "any"): {"BLOCK": 2048, "num_warps": 8},
         ("sm_90", "any", "any"): {"BLOCK": 2048, "num_warps": 8},
@@ -162,13 +172,19 @@ def multiple(n: int, of: int) -> int:
 
 
 @triton.jit
-def store_rounded(pointer, x, mask):
-    """Stores x rounded to nearest in the pointer's dtype.
+def round_to(x, dtype: tl.constexpr):
+    """x rounded to nearest in this dtype.
 
     The interpreter (Triton ≤ 3.9) truncates float32 → bfloat16, so there the rounding is done on the bits.
     """
-    if _INTERPRETED and pointer.dtype.element_ty == tl.bfloat16:
+    if _INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
-    tl.store(pointer, x.to(pointer.dtype.element_ty), mask=mask)
+    return x.to(dtype)
+
+
+@triton.jit
+def store_rounded(pointer, x, mask):
+    """Stores x rounded to nearest in the pointer's dtype."""
+    tl.store(pointer, round_to(x, pointer.dtype.element_ty), mask=mask)

@@ -60,7 +60,15 @@ def _backward(storage: str, D: int, **changes: Any) -> dict[str, Any]:
 
 def _scan(capacity: int, **changes: Any) -> dict[str, Any]:
     arguments = {"z_ptr": "*fp32", "bias_ptr": "*fp32", "keys_ptr": "*i32", "columns_ptr": "*i32", "found_ptr": "*i32"}
-    return arguments | {"F": "i32:16", "k": "i32", "BITS": 31, "CAPACITY": capacity} | changes
+    arguments |= dict.fromkeys(("row_errors_ptr", "row_norms_ptr", "norms_ptr", "errors_ptr"))
+    arguments |= {"F": "i32:16", "k": "i32", "BITS": 31, "ONLY_OVERFLOWED": False}
+    return arguments | {"CAPACITY": capacity} | changes
+
+
+SPREADS = dict.fromkeys(("row_errors_ptr", "row_norms_ptr", "norms_ptr", "errors_ptr"), "*fp32")
+RESCORE = dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "z_ptr"), "*fp32")
+RESCORE |= dict.fromkeys(("keys_ptr", "columns_ptr", "found_ptr"), "*i32") | {"F": "i32:16", "D": "i32:16"}
+ROUND = dict.fromkeys(("matrix_ptr", "norms_ptr", "errors_ptr"), "*fp32") | {"rounded_ptr": "*bf16"}
 
 
 def _rank(capacity: int) -> dict[str, Any]:
@@ -97,6 +105,10 @@ CASES = [
     Case("autoencode", "code_backward_kernel", "bf16 d=8192", _backward("*bf16", 8192), "16", "wide"),
     Case("encode", "topk_scan_kernel", "f32 k≤64", _scan(128)),
     Case("encode", "topk_scan_kernel", "f32 no bias k≤1024", _scan(2048, bias_ptr=None)),
+    Case("encode", "topk_scan_kernel", "screen k≤64", _scan(256, **SPREADS)),
+    Case("encode", "topk_scan_kernel", "f32 overflowed rows k≤64", _scan(256, ONLY_OVERFLOWED=True)),
+    Case("encode", "rescore_kernel", "k≤64", RESCORE | {"CAPACITY": 256}),
+    Case("encode", "round_rows_kernel", "f32", ROUND | {"D": "i32:16", "generous": "fp32"}),
     Case("encode", "topk_rank_kernel", "k≤64", _rank(128), size="narrow"),
     Case("encode", "topk_rank_kernel", "k≤256", _rank(512), size="middle"),
     Case("encode", "topk_rank_kernel", "k≤1024", _rank(2048), size="wide"),

@@ -11,7 +11,9 @@ from e2e_fast.kernels.triton.encode import (
     encode_jump_relu,
     encode_relu,
     encode_topk,
+    encode_topk_screened,
     kth_key,
+    round_rows,
 )
 
 Problem = tuple[Any, Any, Any]
@@ -58,19 +60,21 @@ def test_topk_selects_exactly_what_a_stable_sort_does(generator, k):
     assert_same_code(encode_topk(*scores(z), k), reference.encode_topk(*scores(z), k))
 
 
+LENGTH = 80
+POSITIONS = torch.arange(LENGTH)
 ROWS = {
-    "ties beyond the list": torch.ones(200),
-    "ties at the threshold": torch.cat([torch.full((3,), 2.0), torch.ones(190), torch.full((7,), 3.0)]),
-    "winners that share lanes": torch.arange(200).eq(torch.arange(200) // 32 * 32 + 5) * 1.0 + torch.arange(200) / 1e3,
-    "ascending": torch.arange(200) + 1.0,
-    "descending": 200.0 - torch.arange(200),
-    "all zero": torch.zeros(200),
-    "all negative": -torch.ones(200),
-    "two positive": torch.cat([-torch.ones(120), torch.tensor([0.5, 0.25]), -torch.ones(78)]),
-    "minus infinity": torch.full((200,), -torch.inf).index_fill(0, torch.tensor([17, 150]), 1.0),
-    "infinity": torch.arange(200).remainder(7).add(0.5).index_fill(0, torch.tensor([60]), torch.inf),
-    "subnormal": torch.arange(200) * 1e-45,
-    "negative zero": torch.full((200,), -0.0),
+    "ties beyond the list": torch.ones(LENGTH),
+    "ties at the threshold": torch.cat([torch.full((3,), 2.0), torch.ones(70), torch.full((7,), 3.0)]),
+    "winners that share lanes": POSITIONS.eq(POSITIONS // 32 * 32 + 5) * 1.0 + POSITIONS / 1e3,
+    "ascending": POSITIONS + 1.0,
+    "descending": LENGTH - POSITIONS,
+    "all zero": torch.zeros(LENGTH),
+    "all negative": -torch.ones(LENGTH),
+    "two positive": torch.cat([-torch.ones(60), torch.tensor([0.5, 0.25]), -torch.ones(18)]),
+    "minus infinity": torch.full((LENGTH,), -torch.inf).index_fill(0, torch.tensor([17, 70]), 1.0),
+    "infinity": POSITIONS.remainder(7).add(0.5).index_fill(0, torch.tensor([60]), torch.inf),
+    "subnormal": POSITIONS * 1e-45,
+    "negative zero": torch.full((LENGTH,), -0.0),
 }
 
 
@@ -86,7 +90,7 @@ def test_topk_of_hard_rows(name, k):
 
 
 def test_a_list_that_overflows_is_settled_exactly_in_float64(generator):
-    z = torch.randint(1, 4, (2, 300), generator=generator).double()
+    z = torch.randint(1, 4, (2, 100), generator=generator).double()
     assert_same_code(encode_topk(*scores(z), 11), reference.encode_topk(*scores(z), 11))
 
 
@@ -118,6 +122,74 @@ def test_chunks_of_rows_give_the_same_code_as_one(generator, monkeypatch):
     monkeypatch.setattr(module, "CHUNK_BYTES", 1)
     assert_same_code(encode_topk(*inputs, 3), reference.encode_topk(*inputs, 3))
     assert_same_code(encode_relu(*inputs, 12), reference.encode_relu(*inputs, 12))
+
+
+def test_screening_gives_the_float32_code(generator):
+    # Neighbours nearer to each other than bfloat16 can tell: 120 features around 5 directions.
+    directions = torch.randn(5, 24, generator=generator)
+    weight = directions.repeat(24, 1) + 1e-3 * torch.randn(120, 24, generator=generator)
+    x, bias = torch.randn(6, 24, generator=generator), 0.1 * torch.randn(120, generator=generator)
+    x, weight, bias = x.to(DEVICE), weight.to(DEVICE), bias.to(DEVICE)
+    rounded = reference.encode_topk(x.bfloat16().float(), weight.bfloat16().float(), bias, 4)
+    expected = reference.encode_topk(x.double(), weight.double(), bias.double(), 4)
+    assert not torch.equal(rounded.indices, expected.indices)  # so the screen alone would not do
+    values, indices, count = encode_topk_screened(x, weight, bias, 4)
+    assert torch.equal(indices, expected.indices.int())
+    assert torch.equal(count, expected.count.int())
+    assert error(values, expected.values) < 1e-6
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_screening_of_hard_rows(name):
+    z = ROWS[name].float()[None]
+    inputs = (torch.ones(1, 1, device=DEVICE), z.t().contiguous().to(DEVICE), None)
+    assert_same_code(encode_topk_screened(*inputs, 3), reference.encode_topk(*inputs, 3))
+
+
+def test_screening_settles_rows_with_too_many_candidates(generator):
+    x, weight = torch.randn(3, 8, generator=generator), torch.randn(1, 8, generator=generator).repeat(100, 1)
+    weight[::7] += 1e-4
+    x, weight = x.to(DEVICE), weight.to(DEVICE)
+    values, indices, count = encode_topk_screened(x, weight, None, 5)
+    expected = reference.encode_topk(x, weight, None, 5)
+    assert torch.equal(count, expected.count.int())
+    assert error(values, expected.values) < 1e-6
+    # Equal scores: which of them comes first depends on the last bit of a sum, but each score must be its feature's.
+    z = x @ weight.T
+    assert error(torch.where(values > 0, z.gather(1, indices.long()), 0), values) < 1e-6
+
+
+def test_screened_candidates_that_turn_out_negative_are_unused():
+    # The rounded product is 0, so its upper bound is positive; the float32 score is not.
+    weight = torch.tensor([[1.0, -1.0], [-2.0, 1.0], [1.0, -1.001]], device=DEVICE)
+    x = torch.tensor([[1.0, 1.0], [1.0, 1.0005]], device=DEVICE)
+    assert_same_code(encode_topk_screened(x, weight, None, 2), reference.encode_topk(x, weight, None, 2))
+    assert encode_topk_screened(x, weight, None, 2)[2].tolist() == [0, 0]
+
+
+def test_float32_inputs_are_screened_where_k_is_small(generator, monkeypatch):
+    x, weight, bias = problem(generator, torch.float32)
+    expected = encode_topk(x, weight, bias, 2)
+    monkeypatch.setattr(module, "SCREENED_SHARE", 10)
+    calls = []
+    monkeypatch.setattr(module, "encode_topk_screened", lambda *a: calls.append(a) or encode_topk_screened(*a))
+    values, indices, count = encode_topk(x, weight, bias, 2)
+    assert len(calls) == 1
+    assert torch.equal(indices, expected[1])
+    assert torch.equal(count, expected[2])
+    assert error(values, expected[0]) < 1e-6
+
+
+def test_rounded_rows_come_with_their_norms_and_errors(generator):
+    matrix = torch.randn(5, 37, generator=generator).to(DEVICE)
+    rounded, norms, errors = round_rows(matrix)
+    assert torch.equal(rounded, matrix.bfloat16())
+    longest = torch.maximum(matrix.norm(dim=1), rounded.float().norm(dim=1))
+    assert (norms >= longest).all()
+    assert error(norms, longest) < 2e-4
+    difference = (matrix - rounded.float()).norm(dim=1)
+    assert (errors >= difference).all()
+    assert error(errors, difference) < 2e-4
 
 
 @pytest.mark.parametrize("encode", [encode_topk, encode_relu])
