@@ -14,6 +14,8 @@ namespace e2e {
 namespace {
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
+constexpr double kWarmEps = 1e-3;    // first ε of a warm auction, in units of the range of the values
+constexpr double kFreed = 0.05;      // share of freed rows above which an auction beats shortest paths alone
 
 /// A row's two best offers: value − price and the columns; second is −∞ for a single edge.
 struct Offers {
@@ -76,11 +78,12 @@ void keep_tight(const Graph& g, Assignment& a, double slack) {
   }
 }
 
-/// ε-scaling auction for rows == cols: first in, first out; ends each phase with every row within ε of its best.
-void auction(const Graph& g, Assignment& a, int64_t budget) {
+/// ε-scaling auction for rows == cols, from `first_eps` (in units of the values' range) and the prices in `a`, which only
+/// rise: first in, first out; ends each phase with every row within ε of its best.
+void auction(const Graph& g, Assignment& a, double first_eps, int64_t budget) {
   const double range = value_range(g);
-  std::vector<int32_t> queue(g.rows);
-  for (double eps = range / 20; a.bids < budget; eps = std::max(eps / 8, range * 1e-6)) {
+  std::vector<int32_t> queue;
+  for (double eps = range * first_eps; a.bids < budget; eps = std::max(eps / 8, range * 1e-6)) {
     keep_tight(g, a, eps);
     queue.clear();
     for (int64_t i = 0; i < g.rows; ++i)
@@ -241,7 +244,7 @@ Assignment assign(const Graph& g, int64_t bids_per_row) {
   a.row_of_col.assign(g.cols, -1);
   a.price.assign(g.cols, 0.0);
   if (g.rows == g.cols) {
-    auction(g, a, bids_per_row * g.rows);
+    auction(g, a, 0.05, bids_per_row * g.rows);
     keep_tight(g, a, 8 * std::numeric_limits<double>::epsilon() * value_size(g));
   } else {
     reduce_rows(g, a, std::min<int64_t>(bids_per_row, 20) * g.rows);
@@ -252,7 +255,13 @@ Assignment assign(const Graph& g, int64_t bids_per_row) {
 
 void reassign(const Graph& g, Assignment& a) {
   if (g.rows == g.cols) {
-    keep_tight(g, a, 8 * std::numeric_limits<double>::epsilon() * value_size(g));
+    const double rounding = 8 * std::numeric_limits<double>::epsilon() * value_size(g);
+    keep_tight(g, a, rounding);
+    const auto freed = std::count(a.col_of_row.begin(), a.col_of_row.end(), -1);
+    if (freed > g.rows * kFreed) {
+      auction(g, a, kWarmEps, a.bids + 300 * g.rows);
+      keep_tight(g, a, rounding);
+    }
     ShortestPaths(g, a).run();
   } else {
     const int64_t bids = a.bids, pops = a.pops;
@@ -353,6 +362,22 @@ void build_rows(const Pair* pair, int64_t pairs, int64_t rows, std::vector<int64
   sorted_col.resize(start[rows]);
   for (int64_t i = 0; i < rows; ++i)
     std::copy(placed.begin() + begin[i], placed.begin() + begin[i] + kept[i], sorted_col.begin() + start[i]);
+}
+
+void transpose_rows(const Graph& g, std::vector<int64_t>& start, std::vector<int32_t>& row, std::vector<double>& value) {
+  const int64_t edges = g.start[g.rows];
+  start.assign(g.cols + 1, 0);
+  row.resize(edges);
+  value.resize(edges);
+  for (int64_t e = 0; e < edges; ++e) ++start[g.col[e] + 1];
+  for (int64_t j = 0; j < g.cols; ++j) start[j + 1] += start[j];
+  std::vector<int64_t> at(start.begin(), start.end() - 1);
+  for (int64_t i = 0; i < g.rows; ++i)
+    for (int64_t e = g.start[i]; e < g.start[i + 1]; ++e) {
+      const int64_t to = at[g.col[e]]++;
+      row[to] = static_cast<int32_t>(i);
+      value[to] = g.value[e];
+    }
 }
 
 void merge_rows(const Graph& g, const Pair* pair, const double* value, int64_t pairs, std::vector<int64_t>& start,

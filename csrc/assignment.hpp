@@ -40,8 +40,8 @@ void check_graph(const Graph& graph);
 /// matching covers all rows.
 Assignment assign(const Graph& graph, int64_t bids_per_row = 300);
 
-/// The optimum again after edges were added: from the old prices when rows == cols (they only rise), from scratch
-/// otherwise, where a freed column's price would have to fall.
+/// The optimum again after edges were added: from the old prices when rows == cols (they only rise; a short auction first
+/// where many rows lost their column), from scratch otherwise, where a freed column's price would have to fall.
 void reassign(const Graph& graph, Assignment& state);
 
 /// Group of exchangeable pairs of each row, numbered from 0 in order of its first row; −1 where the row's column is
@@ -51,6 +51,9 @@ std::vector<int32_t> tie_groups(const Graph& graph, const Assignment& optimum, d
 /// Sorts pairs into compressed sparse rows, columns ascending and without repeats. O(pairs + rows + sorting in rows).
 void build_rows(const Pair* pair, int64_t pairs, int64_t rows, std::vector<int64_t>& start,
                 std::vector<int32_t>& sorted_col, int threads);
+
+/// The graph's edges by column: start (cols + 1,), rows ascending. O(edges + cols).
+void transpose_rows(const Graph& graph, std::vector<int64_t>& start, std::vector<int32_t>& row, std::vector<double>& value);
 
 /// The graph with distinct pairs added, columns ascending; a pair it already has keeps the graph's value.
 /// O(edges + pairs · log pairs).

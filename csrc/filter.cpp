@@ -525,10 +525,23 @@ double Rows<Real>::cosine(int64_t i, int64_t j) const {
 template <class Real>
 void exact_cosines(const Rows<Real>& exact, int64_t rows, const int64_t* start, const int32_t* col, double* value,
                    int threads) {
-  constexpr int64_t block = 64;
+  // A job's edges are taken in the order of their columns: b is then read once a job, in order, and a job's rows of a
+  // stay in the last-level cache.
+  constexpr int64_t cached = int64_t{6} << 20;
+  const int64_t fit = std::max<int64_t>(cached / static_cast<int64_t>(sizeof(Real) * exact.d), 1);
+  const int64_t block = std::clamp<int64_t>(rows / (4 * threads), 1, fit);
+  struct Edge {
+    int32_t row, col;
+    int64_t at;
+  };
   parallel_jobs((rows + block - 1) / block, threads, [&](int64_t job, int) {
-    for (int64_t i = job * block; i < std::min(rows, (job + 1) * block); ++i)
-      for (int64_t e = start[i]; e < start[i + 1]; ++e) value[e] = exact.cosine(i, col[e]);
+    const int64_t first = job * block, last = std::min(rows, first + block);
+    std::vector<Edge> edges;
+    edges.reserve(start[last] - start[first]);
+    for (int64_t i = first; i < last; ++i)
+      for (int64_t e = start[i]; e < start[i + 1]; ++e) edges.push_back({static_cast<int32_t>(i), col[e], e});
+    std::sort(edges.begin(), edges.end(), [](const Edge& x, const Edge& y) { return x.col < y.col; });
+    for (const Edge& edge : edges) value[edge.at] = exact.cosine(edge.row, edge.col);
   });
 }
 

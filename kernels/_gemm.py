@@ -18,7 +18,13 @@ CHUNK_BYTES = 16 << 20
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias`` for x (N, D), weight (F, D), bias (F,) of one dtype."""
-    if x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() and weight.numel() and _onednn():
+    if (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and x.numel()
+        and weight.numel()
+        and _onednn()
+    ):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return nnf.linear(x, weight, bias)
 

@@ -11,7 +11,7 @@ Operators:
 k = 0 for ReLU, where capacity = -1 stands for the fullest row; on every device it calls encode, decode and, backwards,
 code_backward.
 ``e2e_fast::autoencode_dense(x, W_enc, b_enc?, W_dec, b_dec?, normalize) -> (x_hat, c)``: the ReLU autoencoder by matrix
-products, c (N, F) dense; backwards five products and one sweep over c, no normalised copy of W_dec.
+products, c (N, F) dense, a block of features at a time: beside c nothing of size N × F is made, no unit copy of W_dec.
 
 >>> import torch
 >>> x, W_enc, W_dec = torch.randn(4, 8), torch.randn(32, 8), torch.randn(32, 8)
@@ -24,12 +24,16 @@ import torch
 from torch import Tensor
 
 from e2e_fast.kernels._checks import accumulator, check_bias, check_matrix
-from e2e_fast.kernels._gemm import linear
+from e2e_fast.kernels._gemm import CHUNK_BYTES, linear, row_chunks
+from e2e_fast.kernels._native import empty_like
 from e2e_fast.kernels.code_backward import code_backward, tangent
 from e2e_fast.kernels.decode import inverse_norms
 from e2e_fast.kernels.density import DensityController, default_limit
 from e2e_fast.kernels.reference import check_k
 from e2e_fast.kernels.sparse_code import SparseCode
+
+GPU_CHUNK_BYTES = 1 << 30
+"""As `e2e_fast.kernels._gemm.CHUNK_BYTES`, for the dense blocks on a GPU."""
 
 PROBE_ROWS = 16
 """Rows encoded to find out how dense a ReLU code is when nothing is known about it yet."""
@@ -163,13 +167,34 @@ def _autoencode_dense(
     x: Tensor, W_enc: Tensor, b_enc: Tensor | None, W_dec: Tensor, b_dec: Tensor | None, normalize: bool
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(x.dtype, W_enc.dtype)
-    b = None if b_enc is None else b_enc.to(dtype)
-    values = linear(x.to(dtype), W_enc.to(dtype), b).relu_()
-    scaled = values.to(W_dec.dtype)
-    if normalize:
-        scaled = scaled * inverse_norms(W_dec).to(W_dec.dtype)
-    x_hat = scaled @ W_dec
-    return (x_hat if b_dec is None else x_hat + b_dec.to(x_hat.dtype)), values
+    inner, b = x.to(dtype), None if b_enc is None else b_enc.to(dtype)
+    values = x.new_empty(x.shape[0], W_enc.shape[0], dtype=dtype)
+    x_hat = W_dec.new_zeros(x.shape[0], W_dec.shape[1], dtype=accumulator(W_dec))
+    if b_dec is not None:
+        x_hat += b_dec
+    for block in _feature_blocks(values):
+        c = linear(inner, W_enc[block].to(dtype), None if b is None else b[block]).relu_()
+        values[:, block] = c
+        _add_product(x_hat, c.to(W_dec.dtype), _unit(W_dec[block], normalize))
+    return x_hat.to(W_dec.dtype), values
+
+
+def _feature_blocks(values: Tensor):
+    """Blocks of features whose (N, block) matrices fit a chunk: nothing else of size N × F is made beside the code."""
+    budget = CHUNK_BYTES if values.device.type == "cpu" else GPU_CHUNK_BYTES
+    return row_chunks(values.shape[1], values.element_size() * values.shape[0], budget)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b`` where total may be wider than a and b."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+def _unit(rows: Tensor, normalize: bool) -> Tensor:
+    return rows * inverse_norms(rows)[:, None].to(rows.dtype) if normalize else rows
 
 
 @_autoencode_dense.register_fake
@@ -190,40 +215,66 @@ def _backward_dense(ctx, g, dvalues):
     if g is None and dvalues is None:
         return (None,) * 6
     x, W_enc, W_dec, values = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    dx, dW_enc, db_enc, dW_dec = dense_backward(values, dvalues, g, W_dec, x, W_enc, ctx.normalize, needs)
+    need_x, need_W_enc, need_b_enc, need_W_dec, need_b_dec, _ = ctx.needs_input_grad
     enc_dtype, dec_dtype = ctx.bias_dtypes
+    need_W_dec = need_W_dec and g is not None
+    dW_dec, dW_enc, db_enc, dx = _dense_backward(
+        values, dvalues, g, W_dec, x, W_enc, ctx.normalize, need_W_dec, need_W_enc, need_x
+    )
     return (
-        dx,
-        dW_enc,
-        db_enc.to(enc_dtype) if db_enc is not None and enc_dtype is not None else None,
-        dW_dec,
-        _sum_rows(g, dec_dtype) if needs[4] and g is not None and dec_dtype is not None else None,
+        dx if need_x else None,
+        dW_enc if need_W_enc else None,
+        db_enc.to(enc_dtype) if need_b_enc and enc_dtype is not None else None,
+        dW_dec if need_W_dec else None,
+        _sum_rows(g, dec_dtype) if need_b_dec and g is not None and dec_dtype is not None else None,
         None,
     )
 
 
-def dense_backward(values, dvalues, g, W_dec, x, W_enc, normalize, needs):
-    """The gradients of `code_backward` by matrix products, for values (N, F): dx, dW_enc, db_enc, dW_dec."""
+@torch.library.custom_op("e2e_fast::autoencode_dense_backward", mutates_args=())
+def _dense_backward(
+    values: Tensor,
+    dvalues: Tensor | None,
+    g: Tensor | None,
+    W_dec: Tensor,
+    x: Tensor,
+    W_enc: Tensor,
+    normalize: bool,
+    need_dW_dec: bool,
+    need_dW_enc: bool,
+    need_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = values.dtype
-    dz = torch.zeros_like(values) if g is None else linear(g.to(W_dec.dtype).contiguous(), W_dec).to(dtype)
-    scale = inverse_norms(W_dec) if normalize else None
-    if g is not None and scale is not None:
-        dz.mul_(scale.to(dtype))
-    if dvalues is not None:
-        dz.add_(dvalues)
-    dz.masked_fill_(values <= 0, 0)
-    dW_dec = dW_enc = db_enc = dx = None
-    if needs[3] and g is not None:
-        a = (values.t() @ g.to(dtype)).to(accumulator(W_dec))
-        dW_dec = (a if scale is None else tangent(a, W_dec.to(a.dtype), scale)).to(W_dec.dtype)
-    if needs[1]:
-        dW_enc = (dz.t() @ x.to(dtype)).to(W_enc.dtype)
-    if needs[2]:
-        db_enc = dz.sum(0, dtype=accumulator(dz))
-    if needs[0]:
-        dx = (dz @ W_enc.to(dtype)).to(x.dtype)
-    return dx, dW_enc, db_enc, dW_dec
+    inner, g_dec = x.to(dtype), None if g is None else g.to(W_dec.dtype).contiguous()
+    db_enc = W_enc.new_empty(W_enc.shape[0], dtype=accumulator(values))
+    dW_dec = empty_like(W_dec) if need_dW_dec else W_dec.new_empty(0)
+    dW_enc = empty_like(W_enc) if need_dW_enc else W_enc.new_empty(0)
+    dx = torch.zeros_like(x, dtype=accumulator(x)) if need_dx else x.new_empty(0)
+    for block in _feature_blocks(values):
+        c = values[:, block]
+        dz = torch.zeros_like(c) if g_dec is None else linear(g_dec, _unit(W_dec[block], normalize)).to(dtype)
+        if dvalues is not None:
+            dz.add_(dvalues[:, block])
+        dz = torch.ops.aten.threshold_backward(dz, c, 0)  # 0 where c <= 0
+        if need_dW_dec and g is not None:
+            a, w = (c.t() @ g.to(dtype)).to(accumulator(W_dec)), W_dec[block]
+            dW_dec[block] = tangent(a, w.to(a.dtype), inverse_norms(w)) if normalize else a
+        if need_dW_enc:
+            dW_enc[block] = dz.t() @ inner
+        if need_dx:
+            _add_product(dx, dz, W_enc[block].to(dtype))
+        db_enc[block] = dz.sum(0, dtype=db_enc.dtype)
+    return dW_dec, dW_enc, db_enc, dx.to(x.dtype)
+
+
+@_dense_backward.register_fake
+def _(values, dvalues, g, W_dec, x, W_enc, normalize, need_dW_dec, need_dW_enc, need_dx):
+    return (
+        W_dec.new_empty(W_dec.shape if need_dW_dec else (0,)),
+        W_enc.new_empty(W_enc.shape if need_dW_enc else (0,)),
+        W_enc.new_empty(W_enc.shape[0], dtype=accumulator(values)),
+        x.new_empty(x.shape if need_dx else (0,)),
+    )
 
 
 def _sum_rows(g: Tensor, dtype: torch.dtype) -> Tensor:

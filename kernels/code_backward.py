@@ -23,8 +23,11 @@ from torch import Tensor
 
 from e2e_fast.kernels._checks import accumulator, check_indices
 from e2e_fast.kernels._gemm import row_chunks
-from e2e_fast.kernels.decode import inverse_norms
+from e2e_fast.kernels._native import array, empty, native
+from e2e_fast.kernels.decode import gather, inverse_norms
 from e2e_fast.kernels.reference import NORM_EPS
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("e2e_fast::code_backward", mutates_args=(), device_types="cpu")
@@ -40,8 +43,41 @@ def code_backward(
     need_dW_dec: bool,
     need_dW_enc: bool,
     need_dx: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Gradients:
     """See the module's text."""
+    job = (values, indices, dvalues, g, W_dec, x, W_enc, normalize, need_dW_dec, need_dW_enc, need_dx)
+    core = native() if accumulator(values, W_dec, W_enc) == torch.float32 else None
+    return _torch_backward(*job) if core is None else _native_backward(core, *job)
+
+
+def _native_backward(
+    core, values, indices, dvalues, g, W_dec, x, W_enc, normalize, need_dW_dec, need_dW_enc, need_dx
+) -> Gradients:
+    """The sweep by the compiled core, in float32."""
+    features, width = (W_dec if W_dec is not None else W_enc).shape
+    dv = empty(*values.shape)
+    dW_dec = empty(features, width) if need_dW_dec else None
+    dW_enc = empty(features, width) if need_dW_enc else None
+    db_enc = empty(features) if need_dW_enc else None
+    core.code_backward(
+        array(values), array(indices, torch.int32), array(dvalues), array(g), None if g is None else array(W_dec),
+        array(x) if need_dW_enc else None, normalize, array(dW_dec), array(dW_enc), array(db_enc), dv.numpy(),
+        features, width, torch.get_num_threads(),
+    )  # fmt: skip
+    dx = None
+    if need_dx:
+        dx = gather(core, dv, indices, W_enc, normalize=False, bias=None, nonzero=True)
+
+    def result(gradient: Tensor | None, like: Tensor | None) -> Tensor:
+        return values.new_empty(0) if gradient is None or like is None else gradient.to(like.dtype)
+
+    return result(dW_dec, W_dec), result(dW_enc, W_enc), result(db_enc, W_enc), dv.to(values.dtype), result(dx, x)
+
+
+def _torch_backward(
+    values, indices, dvalues, g, W_dec, x, W_enc, normalize, need_dW_dec, need_dW_enc, need_dx
+) -> Gradients:
+    """The sweep in torch: gathers and index_add_, a chunk of tokens at a time."""
     used = ~(values <= 0)
     dtype = accumulator(values, W_dec, W_enc)
     f = torch.where(used, values, 0).to(dtype)

@@ -15,11 +15,14 @@ in float32 (float64 for float64 weights).
 tensor([[1., 2.]])
 """
 
+from types import ModuleType
+
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
 from e2e_fast.kernels._checks import accumulator, check_bias, check_code, check_indices, check_matrix
+from e2e_fast.kernels._native import array, empty, native
 from e2e_fast.kernels.reference import NORM_EPS
 from e2e_fast.kernels.sparse_code import SparseCode
 
@@ -45,8 +48,11 @@ def inverse_norms(weight: Tensor) -> Tensor:
 
 @torch.library.custom_op("e2e_fast::decode", mutates_args=(), device_types="cpu")
 def _decode(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None, normalize: bool) -> Tensor:
-    check_indices(indices, weight.shape[0])
     dtype = accumulator(weight)
+    core = native() if dtype == torch.float32 else None
+    if core is not None:
+        return gather(core, values, indices, weight, normalize, bias, nonzero=False).to(weight.dtype)
+    check_indices(indices, weight.shape[0])
     scaled = torch.where(values <= 0, 0, values).to(dtype)
     if normalize:
         scaled = scaled * inverse_norms(weight)[indices]
@@ -55,6 +61,27 @@ def _decode(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None
     else:
         y = torch.zeros(values.shape[0], weight.shape[1], dtype=dtype)
     return (y if bias is None else y + bias).to(weight.dtype)
+
+
+def gather(
+    core: ModuleType,
+    values: Tensor,
+    indices: Tensor,
+    weight: Tensor,
+    normalize: bool,
+    bias: Tensor | None,
+    nonzero: bool,
+) -> Tensor:
+    """``Σ_k values[n, k] · s_j · weight[j] + bias`` by the compiled core: (N, D) float32.
+
+    Takes the slots whose value is not <= 0, or with ``nonzero`` those whose value is not 0.
+    """
+    y = empty(values.shape[0], weight.shape[1])
+    core.decode(
+        array(values), array(indices, torch.int32), array(weight), normalize, array(bias), nonzero, y.numpy(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y
 
 
 @_decode.register_fake

@@ -20,13 +20,28 @@ tensor([[2, 0]], dtype=torch.int32)
 tensor([[0.5000, 2.0000]])
 """
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from e2e_fast.kernels._checks import accumulator, check_bias, check_matrix
 from e2e_fast.kernels._gemm import linear, row_chunks
+from e2e_fast.kernels._native import array, empty, native
 from e2e_fast.kernels.reference import check_k
 from e2e_fast.kernels.sparse_code import SparseCode
+
+ROWS_AT_ONCE = 4096
+"""Tokens that go through the dictionary together on CPU."""
+
+SCREENING = True
+"""Whether CPUs with bfloat16 products may use them to find candidates; the result is the same."""
+
+SCREENED_SHARE = 64
+"""Screening pays while at most one feature in 64 is a candidate: each is scored again in float32."""
+
+SCREENED_WIDTH = 128
+"""Screening pays from this D on."""
 
 
 def encode_topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> SparseCode:
@@ -60,6 +75,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 @torch.library.custom_op("e2e_fast::encode_topk", mutates_args=(), device_types="cpu")
 def _encode_topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    core = native() if accumulator(x, weight) == torch.float32 else None
+    if core is not None:
+        return _select(core, x, weight, bias, k, k)
     values, indices = [x.new_empty(0, k)], [x.new_empty(0, k, dtype=torch.int64)]
     for z in _scores(x, weight, bias):
         top, where = _exact_topk(z, k)
@@ -72,6 +90,9 @@ def _encode_topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tupl
 
 @torch.library.custom_op("e2e_fast::encode_relu", mutates_args=(), device_types="cpu")
 def _encode_relu(x: Tensor, weight: Tensor, bias: Tensor | None, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+    core = native() if accumulator(x, weight) == torch.float32 else None
+    if core is not None:
+        return _select(core, x, weight, bias, 0, min(capacity, weight.shape[0]))
     dtype = torch.promote_types(x.dtype, weight.dtype)
     chunks = [SparseCode.from_dense(z.relu_(), None if capacity < 0 else capacity) for z in _scores(x, weight, bias)]
     width = max((c.values.shape[1] for c in chunks), default=max(0, min(capacity, weight.shape[0])))
@@ -84,6 +105,60 @@ def _encode_relu(x: Tensor, weight: Tensor, bias: Tensor | None, capacity: int) 
         indices[start : start + rows, :slots] = c.indices.int()
         start += rows
     return values, indices, count
+
+
+def _select(core: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None, k: int, slots: int):
+    """The code by the compiled core: score blocks go through its Selection. ``slots = -1``: the fullest row's."""
+    x32, w = x.detach().float().contiguous(), weight.detach().float().contiguous()
+    b = None if bias is None else bias.detach().float().contiguous()
+    chunks = [(rows, _select_rows(core, x32[rows], w, b, k, slots)) for rows in row_chunks(x.shape[0], 1, ROWS_AT_ONCE)]
+    width = slots if slots >= 0 else max((selection.fullest() for _, selection in chunks), default=0)
+    values, indices = empty(x.shape[0], width), empty(x.shape[0], width, dtype=torch.int32)
+    count = empty(x.shape[0], dtype=torch.int32)
+    for rows, selection in chunks:
+        selection.finish(values[rows].numpy(), indices[rows].numpy(), count[rows].numpy(), torch.get_num_threads())
+    return values.to(torch.promote_types(x.dtype, weight.dtype)), indices, count
+
+
+def _select_rows(core: ModuleType, x: Tensor, w: Tensor, b: Tensor | None, k: int, limit: int):
+    """A finished Selection of a chunk of rows: all features, a block at a time."""
+    threads = torch.get_num_threads()
+    selection = core.Selection(x.shape[0], k, -1 if k else limit)
+    x_rounded = _round(core, x) if _screens(core, x, w, k) else None
+    for block in row_chunks(w.shape[0], 4 * x.shape[0]):
+        bias = None if b is None else b[block]
+        if x_rounded is not None:
+            w_rounded = _round(core, w[block])
+            if all(norm.isfinite().all() for norm in w_rounded[1:]):
+                z = linear(x_rounded[0], w_rounded[0])
+                kept = selection.kept()
+                norms = [norm.numpy() for norm in (*x_rounded[1:], *w_rounded[1:])]
+                selection.add_screened(
+                    z.view(torch.int16).numpy(), block.start, array(bias), *norms, x.shape[1], threads
+                )
+                if not k and selection.kept() - kept > z.numel() // SCREENED_SHARE:
+                    x_rounded = None  # so many candidates that scoring them one by one costs more than the product
+                continue
+        selection.add(linear(x, w[block], bias).numpy(), block.start, threads)
+    selection.rescore(x.numpy(), w.numpy(), array(b), threads)
+    return selection
+
+
+def _screens(core: ModuleType, x: Tensor, w: Tensor, k: int) -> bool:
+    """Whether bfloat16 products with a bound, then float32 scores of the candidates, beat float32 products.
+
+    The result is the same: the bound is proven (csrc/sparse.hpp). They must be native, wide, and candidates few.
+    """
+    few = k * SCREENED_SHARE <= w.shape[0]
+    return SCREENING and core.has_bfloat16() and x.shape[1] >= SCREENED_WIDTH and few and bool(x.isfinite().all())
+
+
+def _round(core: ModuleType, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x (n, D) in bfloat16, and per row ‖x‖ and ‖x - rounded‖."""
+    rounded = torch.empty(x.shape, dtype=torch.bfloat16)
+    norm, error = torch.empty(x.shape[0]), torch.empty(x.shape[0])
+    core.to_bfloat16(x.numpy(), rounded.view(torch.int16).numpy(), norm.numpy(), error.numpy(), torch.get_num_threads())
+    return rounded, norm, error
 
 
 def _scores(x: Tensor, weight: Tensor, bias: Tensor | None):

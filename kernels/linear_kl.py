@@ -27,6 +27,10 @@ from torch.autograd.function import once_differentiable
 
 from e2e_fast.kernels._checks import accumulator, check_bias, check_matrix
 from e2e_fast.kernels._gemm import linear, row_chunks
+from e2e_fast.kernels._native import native
+
+CHUNK_BYTES = 32 << 20
+"""Bytes of one chunk of logits on CPU, two at a time. Larger than other chunks: each reads the whole unembedding."""
 
 
 def linear_kl(
@@ -57,15 +61,20 @@ def _linear_kl(
     student: Tensor, teacher: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, need_grad: bool
 ) -> tuple[Tensor, Tensor]:
     dtype = accumulator(student, teacher, weight)
-    h_s, h_t, w = student.to(dtype), teacher.to(dtype), weight.to(dtype)
-    b = None if bias is None else bias.to(dtype)
+    h_s, h_t, w = student.detach().to(dtype), teacher.detach().to(dtype), weight.detach().to(dtype)
+    b = None if bias is None else bias.detach().to(dtype)
     loss = torch.empty(student.shape[0], dtype=dtype)
     dstudent = torch.empty_like(student, memory_format=torch.contiguous_format) if need_grad else student.new_empty(0)
-    for rows in row_chunks(student.shape[0], 4 * weight.shape[0]):
+    core, threads = native() if dtype == torch.float32 else None, torch.get_num_threads()
+    for rows in row_chunks(student.shape[0], 4 * weight.shape[0], CHUNK_BYTES):
         z_t, z_s = linear(h_t[rows], w, b), linear(h_s[rows], w, b)
-        loss[rows], dz = _rows(z_t, z_s, softcap)
+        if core is None:
+            loss[rows], dz = _rows(z_t, z_s, softcap)
+        else:
+            core.softmax_kl_rows(z_t.numpy(), z_s.numpy(), softcap or 0.0, need_grad, loss[rows].numpy(), threads)
+            dz = z_s
         if need_grad:
-            dstudent[rows] = (dz @ w).to(student.dtype)
+            dstudent[rows] = linear(dz, w.t()).to(student.dtype)
     return loss, dstudent
 
 

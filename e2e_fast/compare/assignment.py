@@ -51,7 +51,7 @@ def sparse_assignment(
     """
     start, col, value, (rows, cols) = _csr(graph, shape)
     if rows > cols:
-        start, col, value = _transpose(start, col, value, cols)
+        start, col, value = core().transpose_rows(start, col, value, cols)
         flipped = sparse_assignment((start, col, value), shape=(cols, rows), maximize=maximize, bids_per_row=bids_per_row)
         order = np.argsort(flipped.cols)
         return flipped._replace(
@@ -115,15 +115,16 @@ def _csr(graph: Any, shape: tuple[int, int] | None) -> tuple[np.ndarray, np.ndar
     rows, cols = int(shape[0]), int(shape[1])
     if start.shape != (rows + 1,):
         raise ValueError(f"indptr must have shape ({rows + 1},) for {rows} rows, got {start.shape}")
+    if start[0] != 0 or (np.diff(start) < 0).any() or start[-1] != col.size or col.shape != value.shape:
+        raise ValueError(
+            f"indptr must ascend from 0 to the number of indices and of data, got {start[0]} to {start[-1]} for "
+            f"{col.size} and {value.size}"
+        )
     if col.size and (col.min() < 0 or col.max() >= cols):
         raise ValueError(f"indices must lie in [0, {cols}), got {col.min()} to {col.max()}")
     if max(rows, cols) >= 2**31:
         raise ValueError(f"shape must stay below 2**31, got {(rows, cols)}")
+    keys = np.repeat(np.arange(rows), np.diff(start)) * cols + col
+    if len(np.unique(keys)) != len(keys):
+        raise ValueError("indices must not repeat a column within a row")
     return start.astype(np.int64), col.astype(np.int32), value.astype(np.float64), (rows, cols)
-
-
-def _transpose(start: np.ndarray, col: np.ndarray, value: np.ndarray, cols: int):
-    order = np.argsort(col, kind="stable")
-    row = np.repeat(np.arange(len(start) - 1, dtype=np.int32), np.diff(start))
-    new_start = np.concatenate([[0], np.cumsum(np.bincount(col, minlength=cols))])
-    return new_start, row[order], value[order]

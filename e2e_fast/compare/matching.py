@@ -139,7 +139,7 @@ def match_dictionaries(
     zero_rows: str = "drop",
     absolute: bool = False,
     center: bool = False,
-    candidates: int = 48,
+    candidates: int = 64,
     precision: str = "auto",
     block_rows: int = 0,
     threads: int | None = None,
@@ -244,11 +244,12 @@ class _Search:
 
         self._report("solve")
         solution = core().assign(start, col, value, m)
+        self.stats["bids"], self.stats["pops"] = solution[3:]
         self._note("solve")
         priced_bound = np.full(n, np.inf)
         row_cap = 1 << 14
         while True:
-            cols, _, price, bids, pops = solution
+            cols, _, price = solution[:3]
             u = best_net(start, col, value, price)
             bound = np.minimum(s.unlisted_bound(seen, price), priced_bound)
             open_rows = np.flatnonzero(bound > u)
@@ -273,20 +274,27 @@ class _Search:
             if better.any():
                 self._report("solve")
                 solution = core().reassign(start, col, value, m, *solution[:3])
-                # From old prices they only rise; from scratch they may fall, and old bounds weaken by the fall.
-                priced_bound += max(float((price - solution[2]).max()), 0.0)
+                self.stats["bids"] += solution[3]
+                self.stats["pops"] += solution[4]
+                # A bound on similarity − price moves with the price that fell most, or rose least.
+                priced_bound += float((price - solution[2]).max())
                 self._note("solve")
-        self.stats |= {"edges": len(col), "bids": bids, "pops": pops}
+        self.stats["edges"] = len(col)
 
         self._report("best")
         row_best = _nearest(s, seen.row_level, seen.cut, start, col, value)
         turned = s.transposed()
-        t_start, t_col, t_value = _transpose(start, col, value, m)
-        col_best = _nearest(turned, seen.col_level, np.full(m, bool(seen.cut.any())), t_start, t_col, t_value)
+        t_start, t_col, t_value = core().transpose_rows(start, col, value, m)
+        cut = bool(seen.cut.any())
+        col_best = _nearest(turned, seen.col_level, np.full(m, cut), t_start, t_col, t_value)
         self._note("best")
 
-        second = _second_net(start, col, value, price, cols)
-        margin = np.clip(matched - price[cols] - np.maximum(second, bound), 0.0, None)
+        # Without its pair a row takes another column and the column another row, or none: both new pairs cost.
+        row_slack = matched - price[cols] - np.maximum(_second_net(start, col, value, price, cols), bound)
+        unlisted = turned.unlisted_bound(Candidates(seen.pairs, seen.col_level, seen.row_level, np.full(m, cut)), u)
+        second = np.maximum(_second_net(t_start, t_col, t_value, u, solution[1]), unlisted)
+        col_slack = np.minimum(price - second, price if n < m else np.inf)[cols]
+        margin = np.clip(row_slack, 0.0, None) + np.clip(col_slack, 0.0, None)
         groups = core().tie_groups(start, col, value, m, *solution[:3], TIE_TOLERANCE)
         certified = self.unproven == 0 and self.gap <= CERTIFIED_GAP
         self._note("statistics")
@@ -350,17 +358,9 @@ def _nearest(
     return col[at[first]].astype(np.int64), best
 
 
-def _second_net(start, col, value, price, cols) -> np.ndarray:
-    """max of value − price over each row's edges other than its own column."""
-    net = value - price[col]
-    net[col == np.repeat(cols, np.diff(start))] = -np.inf
-    return np.maximum.reduceat(net, start[:-1])
-
-
-def _transpose(start: np.ndarray, col: np.ndarray, value: np.ndarray, cols: int):
-    order = np.argsort(col, kind="stable")
-    row = np.repeat(np.arange(len(start) - 1, dtype=np.int32), np.diff(start))
-    return np.concatenate([[0], np.cumsum(np.bincount(col, minlength=cols))]), row[order], value[order]
+def _second_net(start, col, value, price, own) -> np.ndarray:
+    """max of value − price over each row's edges other than the one to its own column (own: −1 for none)."""
+    return best_net(start, col, np.where(col == np.repeat(own, np.diff(start)), -np.inf, value), price)
 
 
 def _nothing_to_match(m: int) -> _Found:

@@ -35,7 +35,7 @@ def null_mean(n: int, m: int, d: int) -> float:
     return float(np.cos(np.interp(min(tail, 1.0), mass / mass[-1], phi)))
 
 
-def greedy_matching(A: Any, B: Any, *, candidates: int = 48, threads: int | None = None, seed: int = 0) -> np.ndarray:
+def greedy_matching(A: Any, B: Any, *, candidates: int = 64, threads: int | None = None, seed: int = 0) -> np.ndarray:
     """Pairs taken by falling similarity, each if both of its sides are still free: (min(n, m), 2) int64, rows ascending.
 
     A (n, d), B (m, d) as in `match_dictionaries`; zero rows take part at similarity 0. Exact: a pair is taken only when

@@ -36,6 +36,10 @@ def operator_calls() -> dict[str, tuple]:
             op.code_backward,
             (values, indices, values, plain[0], plain[2], plain[0], plain[1], True, True, True, True),
         ),
+        "autoencode_dense_backward": (
+            op.autoencode_dense_backward,
+            (leaf(N, F).detach().relu_(), None, *plain[:1], plain[2], plain[0], plain[1], True, True, True, True),
+        ),
         "linear_kl": (op.linear_kl, (x, teacher, unembed, bias, 2.0, True)),
         "linear_kl[no gradient]": (op.linear_kl, (x.detach(), teacher, unembed, None, None, False)),
     }
