@@ -437,8 +437,10 @@ def _radius(z, norms_ptr, errors_ptr, row_norm, row_error, cols, F):
 def _key(z):
     """Order-preserving integers of positive scores: 0 for what is not positive, the greatest for NaN."""
     if z.dtype == tl.float64:
-        return tl.where(z != z, 0x7FFFFFFFFFFFFFFF, tl.where(z > 0, z.to(tl.int64, bitcast=True), 0))
-    return tl.where(z != z, 0x7FFFFFFF, tl.where(z > 0, z.to(tl.int32, bitcast=True), 0))
+        key = tl.where(z != z, 0x7FFFFFFFFFFFFFFF, tl.where(z > 0, z.to(tl.int64, bitcast=True), 0))
+    else:
+        key = tl.where(z != z, 0x7FFFFFFF, tl.where(z > 0, z.to(tl.int32, bitcast=True), 0))
+    return key
 
 
 # --- Filter ---------------------------------------------------------------------------------------------------------

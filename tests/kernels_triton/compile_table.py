@@ -28,10 +28,12 @@ class Case:
     use: str
     """What it is compiled for, in words."""
     arguments: dict[str, Any]
-    """Name → Triton type (``*bf16``, ``i32``; ``i32:16`` for a multiple of 16) or the value of a constant."""
+    """Name → Triton type (``*bf16``, ``i32``; ``i32:16``, a multiple of 16) or a constant (an argument 1 is one)."""
     dtype: str = "any"
     size: str = "any"
     matrix_units: bool = False
+    may_spill: bool = False
+    """float64 alone: only gradient checks use it, with block sizes chosen for float32."""
 
     @property
     def id(self) -> str:
@@ -90,7 +92,15 @@ def _adam(**changes: Any) -> dict[str, Any]:
     return arguments | dict.fromkeys(numbers, "fp32") | {"ACC": "fp32"} | changes
 
 
+def _in_float64(arguments: dict[str, Any]) -> dict[str, Any]:
+    types = {"*fp32": "*fp64", "*bf16": "*fp64"}
+    wide = {name: types.get(value, value) if isinstance(value, str) else value for name, value in arguments.items()}
+    keys = {"keys_ptr": "*i64", "BITS": 63, "ACC": "fp64", "VALUE": "fp64"}
+    return wide | {name: value for name, value in keys.items() if name in wide}
+
+
 HISTOGRAM = {"z_ptr": "*fp32", "bias_ptr": "*fp32", "prefix_ptr": "*i64", "histogram_ptr": "*i64"}
+HISTOGRAM |= {"F": "i32:16", "shift": "i32", "DIGIT_BITS": 8, "BINS": 256}
 
 CASES = [
     Case("linear_kl", "kl_rows_kernel", "bf16", _kl()),
@@ -115,14 +125,21 @@ CASES = [
     Case("encode", "filter_kernel", "relu", _filter(None)),
     Case("encode", "filter_kernel", "jump_relu", _filter("*fp32")),
     Case("encode", "filter_kernel", "batch_topk", _filter("*fp32", one=True)),
-    Case(
-        "encode",
-        "digit_histogram_kernel",
-        "f32",
-        HISTOGRAM | {"F": "i32:16", "shift": "i32", "DIGIT_BITS": 8, "BINS": 256},
-    ),
+    Case("encode", "digit_histogram_kernel", "f32", HISTOGRAM),
     Case("adam", "adam_kernel", "f32 norms shadow", _adam()),
     Case("adam", "adam_kernel", "f32 plain", _adam(clip_ptr=None, inverse_norms_ptr=None, shadow_ptr=None)),
+    Case("linear_kl", "kl_rows_kernel", "f64", _in_float64(_kl())),
+    Case("decode", "gather_rows_kernel", "f64", _in_float64(_gather("*fp32")), "32"),
+    Case(
+        "autoencode", "code_backward_kernel", "f64", _in_float64(_backward("*fp32", 64)), "32", "narrow", may_spill=True
+    ),
+    Case("autoencode", "code_backward_kernel", "f32 K=1", _backward("*fp32", 1024, K=1), "32", "narrow"),
+    Case("encode", "topk_scan_kernel", "f64", _in_float64(_scan(128))),
+    Case("encode", "topk_scan_kernel", "f32 k=1", _scan(32, k=1)),
+    Case("encode", "topk_rank_kernel", "f64", _in_float64(_rank(128)), size="narrow"),
+    Case("encode", "filter_kernel", "f64", _in_float64(_filter("*fp32"))),
+    Case("encode", "digit_histogram_kernel", "f64", _in_float64(HISTOGRAM)),
+    Case("adam", "adam_kernel", "f64", _in_float64(_adam())),
 ]
 
 
@@ -138,11 +155,11 @@ def compile_case(case: Case, arch: str) -> dict[str, Any]:
     kernel = getattr(importlib.import_module(f"e2e_fast.kernels.triton.{case.module}"), case.kernel)
     options = dict(_launch.lookup(case.kernel.removesuffix("_kernel"), arch, case.dtype, case.size))
     launch = {name: options.pop(name) for name in list(options) if name.islower()}
-    dtypes = {"fp32": tl.float32, "bf16": tl.bfloat16}
+    dtypes = {"fp32": tl.float32, "fp64": tl.float64}
     signature, constants, attributes = {}, {}, {}
     for position, parameter in enumerate(kernel.params):
         name, value = parameter.name, {**case.arguments, **options}[parameter.name]
-        if parameter.is_constexpr or value is None:
+        if parameter.is_constexpr or not isinstance(value, str):
             signature[name] = "constexpr"
             constants[name] = dtypes[value] if isinstance(value, str) else value
             continue

@@ -31,7 +31,7 @@ def test_kernel_compiles_without_spills(table, case, arch, record_property):
     row = table[case.kernel, case.use, arch]
     for name in ("registers", "shared_bytes", "spill_instructions", "stack_bytes", "matrix_instructions"):
         record_property(name, row[name])
-    assert (row["stack_bytes"], row["spill_instructions"]) == (0, 0)
+    assert case.may_spill or (row["stack_bytes"], row["spill_instructions"]) == (0, 0)
     assert row["registers"] <= 255
     assert row["shared_bytes"] <= (227 if arch == "sm_90" else 163) * 1024
     assert (row["matrix_instructions"] > 0) == case.matrix_units
