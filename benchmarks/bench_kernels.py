@@ -86,7 +86,8 @@ def test_topk_step(duel: Callable[..., Any], autoencoder: list[Tensor], baseline
     )
 
 
-def test_relu_step(duel: Callable[..., Any], autoencoder: list[Tensor], l0: int = 50) -> None:
+def test_relu_step(duel: Callable[..., Any], autoencoder: list[Tensor]) -> None:
+    l0 = 50
     x, W_enc, b_enc, W_dec, b_dec = autoencoder
     with torch.no_grad():
         sample = nnf.linear(x[:32], W_enc).flatten()
