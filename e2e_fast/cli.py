@@ -3,6 +3,8 @@
 e2e-fast demo                     train the three kinds of SAE on the embedded model, no download
 e2e-fast train config.yaml        what ``e2e_fast.train`` does
 e2e-fast eval out/my_run          what ``e2e_fast.evaluate`` does
+e2e-fast match A B                what ``e2e_fast.match_dictionaries`` does, for files
+e2e-fast train-lm                 train the embedded language model anew
 e2e-fast info                     versions, devices, which kernels are active
 """
 
@@ -12,6 +14,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from e2e_fast.compare.cli import match
+from e2e_fast.train_lm import train_lm
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Fast end-to-end sparse dictionary learning.")
 
@@ -87,6 +92,10 @@ def info() -> None:
 
     for name, value in describe().items():
         print(f"{name:<18} {value}")
+
+
+app.command("match")(match)
+app.command("train-lm")(train_lm)
 
 
 def _print_metrics(metrics: dict[str, Any]) -> None:

@@ -40,7 +40,7 @@ def run_demo(out: Path, samples: int) -> list[dict[str, Any]]:
 
     Writes ``results.json`` and ``pareto.png`` into ``out``, and a run folder for each SAE into ``out/runs``.
     """
-    console = Console()
+    console = Console(width=max(Console().width, 150))
     lm = load_lm("embedded")
     position = f"blocks.{lm.n_layers // 2}.hook_resid_pre"
     console.print(f"{lm}\nSAEs at {position}, {samples} sequences of {N_CTX} tokens each")

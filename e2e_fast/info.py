@@ -48,6 +48,6 @@ def _cpp() -> str:
 
 def _triton() -> str:
     if importlib.util.find_spec("triton") is None:
-        return "missing (pip install triton); plain torch is used on GPUs"
+        return "missing (pip install triton): the operators cannot run on a GPU"
     version = importlib.metadata.version("triton")
     return f"active, Triton {version}" if torch.cuda.is_available() else f"idle, no GPU (Triton {version})"

@@ -15,6 +15,12 @@ need_dW_enc, need_dx) -> (dW_dec, dW_enc, db_enc, dvalues, dx)``. ``g`` and ``W_
 was not decoded), so do ``x`` and ``W_enc`` (absent: not encoded). dW_dec, dW_enc (F, D) and dx (N, D) have the dtypes
 of W_dec, W_enc and x, db_enc (F,) W_enc's, dvalues (N, K) that of values and 0 in unused slots; what is not needed has
 shape (0,), db_enc goes with dW_enc, dvalues is always there. Gradients may have any strides.
+
+>>> values, indices = torch.tensor([[2.0], [1.0]]), torch.tensor([[1], [1]])
+>>> g, W_dec = torch.tensor([[1.0, 0.0], [0.0, 3.0]]), torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+>>> dW_dec, _, _, dvalues, _ = code_backward(values, indices, None, g, W_dec, None, None, True, True, False, False)
+>>> dW_dec.tolist(), dvalues.tolist()                 # feature 0 never fired; feature 1 only turns, it cannot grow
+([[0.0, 0.0], [1.0, 0.0]], [[0.0], [3.0]])
 """
 
 import torch

@@ -30,4 +30,4 @@ def test_the_examples_of_a_module_give_what_they_print(name: str) -> None:
     assert result.failed == 0
     private = any(part.startswith("_") for part in name.split("."))
     source = inspect.getsource(module)
-    assert private or ">>> " in source or "    e2e-fast " in source, f"{name} shows no example of use"
+    assert private or ">>> " in source or "\ne2e-fast " in source, f"{name} shows no example of use"
