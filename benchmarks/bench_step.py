@@ -1,4 +1,7 @@
-"""The training step on a CPU against the straightforward one: random 4-layer GPT-2, d = 64, V = 50,257, 4 × 512 tokens."""
+"""The training step on a CPU against the straightforward one.
+
+A random 4-layer GPT-2 with d = 64 and V = 50,257; 4 × 512 tokens; 3,200 latents at layer 2. Forward and backward.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -50,8 +53,13 @@ def test_step(duel: Callable[..., Any], kind: str, l0: float | None) -> None:
         return baseline(model, theirs, tokens, LAYER, SPARSITY)
 
     torch.testing.assert_close(run_ours(), run_baseline(), rtol=1e-4, atol=1e-6)
-    pairs = [(ours.W_enc, theirs.encoder.weight), (ours.W_dec, theirs.decoder.weight.T)]
-    for got, want in pairs:
-        want_grad = theirs.decoder.weight.grad.T if want is not theirs.encoder.weight else want.grad
-        assert (got.grad - want_grad).norm() <= 1e-3 * want_grad.norm()
+    assert ours.W_enc.grad is not None
+    assert ours.W_dec.grad is not None
+    assert theirs.encoder.weight.grad is not None
+    assert theirs.decoder.weight.grad is not None
+    for got, want in (
+        (ours.W_enc.grad, theirs.encoder.weight.grad),
+        (ours.W_dec.grad, theirs.decoder.weight.grad.T),
+    ):
+        assert (got - want).norm() <= 1e-3 * want.norm()
     duel(f"{kind} step {'at L0 50' if l0 else 'at initialisation'}", run_ours, run_baseline)

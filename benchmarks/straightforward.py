@@ -59,16 +59,32 @@ def e2e_step(model: Any, sae: DenseSAE, tokens: Tensor, layer: int, sparsity: fl
     return loss.detach()
 
 
-def local_step(model: Any, sae: DenseSAE, tokens: Tensor, layer: int, sparsity: float) -> Tensor:
-    """Forward and backward of MSE + L1 / d, the whole model run for its activation (as a cache of all hooks does)."""
+class _Stop(Exception):
+    pass
+
+
+@torch.no_grad()
+def _activation(model: Any, tokens: Tensor, layer: int) -> Tensor:
+    """The input of block ``layer``; the reference runs that block too, to see its hooks fire, and stops there."""
     seen: list[Tensor] = []
-    handle = _block_input(model, layer, lambda x: (seen.append(x), x)[1])
+
+    def stop(x: Tensor) -> Tensor:
+        raise _Stop
+
+    handles = [_block_input(model, layer, lambda x: (seen.append(x), x)[1]), _block_input(model, layer + 1, stop)]
     try:
-        with torch.no_grad():
-            model(tokens, logits_to_keep=1)
+        model(tokens)
+    except _Stop:
+        return seen[0]
     finally:
-        handle.remove()
-    x = seen[0]
+        for handle in handles:
+            handle.remove()
+    raise ValueError(f"layer must be below the last block's, got {layer}")
+
+
+def local_step(model: Any, sae: DenseSAE, tokens: Tensor, layer: int, sparsity: float) -> Tensor:
+    """Forward and backward of MSE + L1 / d; the model stops behind block ``layer``, as the reference does."""
+    x = _activation(model, tokens, layer)
     x_hat, c = sae(x)
     loss = nnf.mse_loss(x_hat, x) + sparsity * c.norm(p=1, dim=-1).mean() / sae.encoder.in_features
     loss.backward()

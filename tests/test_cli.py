@@ -58,7 +58,8 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 def test_train_then_eval(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "train", str(folder / "config.yaml"), "--quiet") == 0
     saved = Path(capsys.readouterr().out.strip().splitlines()[-1].removeprefix("saved in "))
-    assert {p.name for p in saved.iterdir()} >= {"final_config.yaml", "samples_16.safetensors", "samples_32.safetensors"}
+    names = {p.name for p in saved.iterdir()}
+    assert names >= {"final_config.yaml", "samples_16.safetensors", "samples_32.safetensors"}
     assert run(monkeypatch, "eval", str(saved), "--samples", "8", "--json") == 0
     metrics = json.loads(capsys.readouterr().out)
     assert metrics["loss/eval/logits_kl"] > 0

@@ -165,8 +165,8 @@ def test_pretrained_saes_stay_frozen_unless_retrained(model: Any, tokens: np.nda
 def test_evaluation_runs_without_wandb_on_its_own_interval(model: Any, tokens: np.ndarray, tmp_path: Path) -> None:
     np.save(tmp_path / "eval.npy", tokens[:10])
     data = {"dataset_name": str(tmp_path / "eval.npy"), "tokenizer_name": "none", "split": "train", "n_ctx": 16}
-    changes = {"eval_every_n_samples": 24, "eval_n_samples": 6, "eval_data": data, "log_every_n_grad_steps": 100}
-    run = e2e_fast.train(settings(**changes), lm=model, tokens=tokens, quiet=True)
+    changes: dict[str, Any] = {"eval_every_n_samples": 24, "eval_n_samples": 6, "eval_data": data}
+    run = e2e_fast.train(settings(log_every_n_grad_steps=100, **changes), lm=model, tokens=tokens, quiet=True)
     evaluated = [row["samples"] for row in run.history if "performance/eval/difference_ce_loss" in row]
     assert evaluated == [4, 24, 48]
     assert f"loss/eval/in_to_orig/explained_variance/{LATER}" in run.history[0]
@@ -213,7 +213,7 @@ def test_every_kind_of_position_trains_with_relu_and_topk(
 
 
 def test_alive_features_are_counted_in_their_window_and_at_the_end(model: Any, tokens: np.ndarray) -> None:
-    changes = {"collect_act_frequency_every_n_samples": 24, "act_frequency_n_tokens": 128}
+    changes: dict[str, Any] = {"collect_act_frequency_every_n_samples": 24, "act_frequency_n_tokens": 128}
     run = e2e_fast.train(settings(**changes), lm=model, tokens=tokens, quiet=True)
     key = f"sparsity/alive_dict_elements/{AT}"
     assert [row["samples"] for row in run.history if key in row] == [8, 32]
@@ -231,7 +231,8 @@ def test_nan_stops_with_the_step_and_keeps_the_last_checkpoint(model: Any, token
         return path
 
     trainer.save = poison
-    with pytest.raises(e2e_fast.TrainingStopped, match=r"optimizer step 2 \(sample 20\).*W_enc.*samples_16.safetensors"):
+    message = r"optimizer step 2 \(sample 20\).*W_enc.*samples_16.safetensors"
+    with pytest.raises(e2e_fast.TrainingStopped, match=message):
         trainer.fit()
     assert trainer.folder is not None
     kept = checkpoint.load_tensors(trainer.folder / "samples_16.safetensors")
@@ -244,7 +245,8 @@ def test_nan_in_the_activations_stops_before_any_update(model: Any, tokens: np.n
     broken = copy.deepcopy(model)
     with torch.no_grad():
         broken.transformer.wte.weight[60] = float("nan")
-    with pytest.raises(e2e_fast.TrainingStopped, match="the activations or the data gave it; no checkpoint was saved yet"):
+    message = "the activations or the data gave it; no checkpoint was saved yet"
+    with pytest.raises(e2e_fast.TrainingStopped, match=message):
         e2e_fast.train(settings(), lm=broken, tokens=tokens, quiet=True)
 
 
@@ -260,7 +262,8 @@ def test_a_full_disk_leaves_the_older_checkpoint_whole(
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CheckpointError, match=r"cannot write .*samples_32.*No space left.*older checkpoints are intact"):
+    message = r"cannot write .*samples_32.*No space left.*older checkpoints are intact"
+    with pytest.raises(CheckpointError, match=message):
         trainer.fit()
     assert trainer.folder is not None
     names = sorted(p.name for p in trainer.folder.iterdir())
