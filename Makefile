@@ -19,7 +19,7 @@ demo: install
 	$(BIN)/e2e-fast demo
 
 test: install
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 check: install cpp-test
 	$(BIN)/ruff check .
