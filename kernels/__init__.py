@@ -12,12 +12,24 @@ torch.Size([4, 8])
 """
 
 # With the repository root on sys.path this folder is also importable as `kernels`, the name of a Hugging Face package
-# that transformers probes for. Refusing keeps that probe honest.
-if __name__ != "e2e_fast.kernels":
-    raise ImportError(f"import this package as e2e_fast.kernels, not as {__name__!r}")
+# that transformers 5 probes for by importing it. So it must import under that name too and have no `__version__`: the
+# probe then finds no usable version and leaves it alone. An exception here would break `import transformers`.
 
 from e2e_fast.kernels import reference
-from e2e_fast.kernels.reference import autoencode, decode, encode_relu, encode_topk, linear_kl
+from e2e_fast.kernels.autoencode import autoencode
+from e2e_fast.kernels.decode import decode
+from e2e_fast.kernels.density import DensityController
+from e2e_fast.kernels.encode import encode_relu, encode_topk
+from e2e_fast.kernels.linear_kl import linear_kl
 from e2e_fast.kernels.sparse_code import SparseCode
 
-__all__ = ["SparseCode", "autoencode", "decode", "encode_relu", "encode_topk", "linear_kl", "reference"]
+__all__ = [
+    "DensityController",
+    "SparseCode",
+    "autoencode",
+    "decode",
+    "encode_relu",
+    "encode_topk",
+    "linear_kl",
+    "reference",
+]

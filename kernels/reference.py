@@ -6,7 +6,8 @@ Shapes: N tokens, D = d_in, F = d_sae, K slots, V vocabulary. Weights are ``[F, 
     decode   x̂ = Σ_j c_j · W_dec[j] / ‖W_dec[j]‖ + b_dec   decoder-normalised; gradients see the normalisation
     KL       mean_n Σ_v p_t(v) (log p_t(v) - log p_s(v))   p = softmax(h W_Uᵀ + b_U); t teacher, s student
 
-Everything differentiates through autograd, works in float64, and builds every intermediate matrix.
+Everything differentiates through autograd, works in float64, and builds every intermediate matrix. A NaN
+pre-activation counts as active, and as the greatest, so that NaN propagates.
 
 >>> import torch
 >>> h = torch.randn(5, 8)
@@ -51,8 +52,7 @@ def decode(code: SparseCode, weight: Tensor, bias: Tensor | None = None, *, norm
     gradient of a row is its tangent projection divided by the row's norm (Braun et al. 2024, App. D).
     """
     rows = nnf.normalize(weight, dim=-1, eps=NORM_EPS) if normalize else weight
-    used = code.values > 0
-    values = torch.where(used, code.values, 0)
+    values = torch.where(code.values <= 0, 0, code.values)
     out = (values[..., None] * rows[code.indices.long()]).sum(-2)
     return out if bias is None else out + bias
 
@@ -88,7 +88,8 @@ def linear_kl(
     log_t = nnf.log_softmax(_logits(teacher, weight, bias, softcap).detach(), dim=-1)
     log_s = nnf.log_softmax(_logits(student, weight, bias, softcap), dim=-1)
     p_t = log_t.exp()
-    terms = torch.where(p_t > 0, p_t * (log_t - log_s), 0)
+    # Where p_t is 0 the difference may be inf - inf: masked before the product, so that no gradient is NaN either.
+    terms = p_t * torch.where(p_t == 0, 0, log_t - log_s)
     return terms.sum(-1).mean()
 
 
@@ -98,7 +99,7 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float 
 
 
 def _relu_code(values: Tensor, indices: Tensor) -> SparseCode:
-    used = values > 0
+    used = ~(values <= 0)  # NaN counts as used: it must not disappear
     return SparseCode(torch.where(used, values, 0), torch.where(used, indices, 0), used.sum(-1))
 
 

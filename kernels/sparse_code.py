@@ -9,8 +9,9 @@ from torch import Tensor
 class SparseCode(NamedTuple):
     """Active features of N tokens, K slots each.
 
-    A slot whose value is not positive is unused: value 0, index 0, no gradient. ``count`` may exceed K: such a row did
-    not fit its capacity and the code is incomplete (`overflowed`).
+    A slot whose value is not positive is unused: value 0, index 0, no gradient. (NaN counts as used, so that it
+    propagates; dense codes with K = F keep ``indices[n, j] = j`` in unused slots too.) ``count`` may exceed K: such
+    a row did not fit its capacity and the code is incomplete (`overflowed`).
 
     >>> code = SparseCode(torch.tensor([[2.0, 0.5]]), torch.tensor([[3, 1]]), torch.tensor([2]))
     >>> code.to_dense(5)
@@ -39,7 +40,7 @@ class SparseCode(NamedTuple):
 
         ``capacity=None`` takes the largest row count. Differentiable in ``dense``.
         """
-        active = dense > 0
+        active = ~(dense <= 0)
         count = active.sum(-1)
         width = int(count.max()) if capacity is None and count.numel() else (capacity or 0)
         width = min(width, dense.shape[1])

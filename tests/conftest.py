@@ -1,8 +1,15 @@
 """Shared fixtures: where ../shared lies, and skipping with a reason where it is missing."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
+
+# Without a GPU the Triton kernels are tested in Triton's interpreter. The switch counts when triton is first imported,
+# which other libraries do too (transformer_lens), so it is set before any test module is.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

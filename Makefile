@@ -1,0 +1,40 @@
+# make demo and make test need nothing but Python ≥ 3.11, a C++20 compiler and CMake; everything else goes into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+
+.PHONY: install demo test check cpp-test bench clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet -c constraints.txt setuptools wheel pybind11 ninja cmake
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/e2e-fast demo
+
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+
+check: install cpp-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# The C++ core by itself, under the address and undefined-behaviour sanitizers.
+cpp-test: install
+	cmake -S . -B build/cpp-test -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	  -DE2E_FAST_TESTS=ON -DE2E_FAST_SANITIZE=ON > /dev/null
+	cmake --build build/cpp-test
+	ctest --test-dir build/cpp-test --output-on-failure
+
+bench: install
+	$(BIN)/python -m pytest --benchmark
+
+clean:
+	rm -rf build $(VENV) out e2e_fast/_C*.so

@@ -1,0 +1,84 @@
+"""The `duel` fixture: times two ways of doing the same thing alternately and reports their ratio."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+
+from e2e_fast.measure import PeakMemory
+
+
+class Duel(NamedTuple):
+    """Ours against a baseline; times are medians in seconds, memory is the peak beyond the start in bytes."""
+
+    name: str
+    ours: float
+    baseline: float
+    spread: tuple[float, float]
+    """Smallest and largest ratio over the rounds."""
+    ours_bytes: int
+    baseline_bytes: int
+
+    @property
+    def speedup(self) -> float:
+        return self.baseline / self.ours
+
+    @property
+    def memory(self) -> float:
+        """Our share of the baseline's peak memory."""
+        return self.ours_bytes / max(self.baseline_bytes, 1)
+
+
+RESULTS = pytest.StashKey[list[Duel]]()
+
+
+@pytest.fixture
+def duel(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., Duel]:
+    """``duel(name, ours, baseline, rounds=7)``: both are warmed up, then run alternately; the ratio is of medians."""
+
+    def run(name: str, ours: Callable[[], Any], baseline: Callable[[], Any], rounds: int = 7) -> Duel:
+        peaks = []
+        for work in (ours, baseline):
+            work()
+            gc.collect()
+            with PeakMemory() as peak:
+                work()
+            peaks.append(peak.bytes)
+        pairs = []
+        for _ in range(rounds):
+            times = []
+            for work in (ours, baseline):
+                start = time.perf_counter()
+                work()
+                times.append(time.perf_counter() - start)
+            pairs.append(times)
+        ratios = [slow / fast for fast, slow in pairs]
+        result = Duel(
+            name,
+            statistics.median(p[0] for p in pairs),
+            statistics.median(p[1] for p in pairs),
+            (min(ratios), max(ratios)),
+            *peaks,
+        )
+        benchmark.extra_info.update(result._asdict())
+        benchmark.pedantic(ours, rounds=rounds)
+        request.config.stash.setdefault(RESULTS, []).append(result)
+        return result
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    results = config.stash.get(RESULTS, [])
+    if not results:
+        return
+    terminalreporter.section("ratios: both sides timed alternately in this run, medians")
+    terminalreporter.write_line(f"{'':52}{'ours':>10}{'baseline':>11}{'faster':>9}{'(range)':>15}{'memory':>9}")
+    for r in results:
+        spread = f"({r.spread[0]:.1f}–{r.spread[1]:.1f})"
+        terminalreporter.write_line(
+            f"{r.name:52}{r.ours * 1e3:8.1f}ms{r.baseline * 1e3:9.1f}ms{r.speedup:8.2f}x{spread:>15}{r.memory:8.2f}x"
+        )

@@ -1,0 +1,206 @@
+"""Run folders: written atomically, read safely.
+
+    {save_dir}/{run_name}_{YYYY-mm-dd_HH-MM-SS}/
+        final_config.yaml          the configuration, as e2e_sae writes it
+        samples_{N}.safetensors    the SAEs' weights after N sequences, under e2e_sae's keys
+        resume_{N}.safetensors     what else training depends on: optimizer, random state, position in the data
+        metrics.jsonl              one line a logged step
+
+Every file is written beside its place, flushed to disk and renamed, so a full disk or a kill leaves the older files
+intact. e2e_sae's own folders (``samples_N.pt``) are read as well; pickles only with ``weights_only=True``.
+
+>>> import tempfile, torch
+>>> folder = Path(tempfile.mkdtemp())
+>>> path = save_tensors(folder / "samples_8.safetensors", {"blocks-0-hook_resid_pre.decoder.bias": torch.zeros(3)})
+>>> newest(folder)[0]
+8
+"""
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+WEIGHTS = re.compile(r"samples_(\d+)\.(?:safetensors|pt)")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or read; the message names the file."""
+
+
+def write_atomically(path: Path, data: bytes) -> Path:
+    """Writes bytes beside ``path``, flushes them to disk, then renames: the old file stays until the new one is whole.
+
+    Raises CheckpointError when the disk is full or the folder cannot be written; nothing is left behind.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"cannot write {path}: {error.strerror or error}; older checkpoints are intact"
+        ) from error
+    return path
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> Path:
+    """A safetensors file (or, for the suffix ``.pt``, torch's format); ``metadata`` is stored as JSON."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    if path.suffix == ".pt":
+        import io
+
+        buffer = io.BytesIO()
+        torch.save(tensors, buffer)
+        return write_atomically(path, buffer.getvalue())
+    header = {"json": json.dumps(metadata)} if metadata is not None else None
+    return write_atomically(path, save(tensors, header))
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors``, ``.pt`` or ``.pth`` file, on the CPU; pickled code is never run.
+
+    Raises FileNotFoundError, and CheckpointError for a damaged file or one that holds no tensors.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no weight file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is no readable weight file: {error}") from error
+    except Exception as error:  # pickle.UnpicklingError and what torch derives from it
+        raise CheckpointError(f"{path} does not hold plain tensors: {error}") from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path} must hold a dict of tensors, got {type(state).__name__}")
+    return dict(state)
+
+
+def load_metadata(path: Path) -> Any:
+    """The JSON that `save_tensors` stored beside the tensors."""
+    with safe_open(path, "pt") as file:
+        return json.loads((file.metadata() or {}).get("json", "null"))
+
+
+def newest(folder: Path) -> tuple[int, Path]:
+    """(N, file) of the weights with the most samples. Raises FileNotFoundError where there are none."""
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := WEIGHTS.fullmatch(path.name))]
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no samples_N.safetensors or samples_N.pt")
+    return max(found)
+
+
+def read_run(folder: Path, file: str | Path | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(settings, weights) of a run folder, or of one of its weight files."""
+    if folder.is_file():
+        folder, file = folder.parent, folder
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no run folder {folder}")
+    config = folder / "final_config.yaml"
+    if not config.is_file():
+        raise FileNotFoundError(f"{folder} holds no final_config.yaml")
+    weights = newest(folder)[1] if file is None else folder / file
+    return yaml.safe_load(config.read_text()) or {}, load_tensors(weights)
+
+
+def write_config(folder: Path, settings: Mapping[str, Any]) -> Path:
+    """``final_config.yaml`` of a run folder."""
+    return write_atomically(folder / "final_config.yaml", yaml.safe_dump(dict(settings), sort_keys=False).encode())
+
+
+def save_resume(
+    folder: Path,
+    samples: int,
+    optimizer: torch.optim.Optimizer,
+    names: list[str],
+    extra: Mapping[str, Tensor],
+    state: Any,
+) -> Path:
+    """``resume_{samples}.safetensors``: the optimizer's tensors by parameter name, further tensors, and JSON state."""
+    tensors = {f"extra.{key}": value for key, value in extra.items()}
+    per_parameter = optimizer.state_dict()["state"]
+    for index, name in enumerate(names):
+        for key, value in per_parameter.get(index, {}).items():
+            tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value)
+    return save_tensors(folder / f"resume_{samples}.safetensors", tensors, state)
+
+
+def load_resume(path: Path, optimizer: torch.optim.Optimizer, names: list[str]) -> tuple[dict[str, Tensor], Any]:
+    """Puts the optimizer's state back; returns (further tensors, JSON state)."""
+    tensors = load_tensors(path)
+    state: dict[int, dict[str, Tensor]] = {}
+    for index, name in enumerate(names):
+        prefix = f"optimizer.{name}."
+        entry = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        if entry:
+            state[index] = entry
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return {k.removeprefix("extra."): v for k, v in tensors.items() if k.startswith("extra.")}, load_metadata(path)
+
+
+def resumable(folder: Path) -> int | None:
+    """The largest N for which both weights and resume file are there; None when there is none."""
+    counts = {int(m[1]) for p in folder.glob("resume_*.safetensors") if (m := re.fullmatch(r"resume_(\d+)", p.stem))}
+    counts &= {int(m[1]) for p in folder.glob("samples_*.safetensors") if (m := WEIGHTS.fullmatch(p.name))}
+    return max(counts, default=None)
+
+
+def keep_last(folder: Path, pattern: str, n: int) -> None:
+    """Removes all but the ``n`` files with the most samples among ``{pattern}_{N}.safetensors``."""
+    files = sorted(folder.glob(f"{pattern}_*.safetensors"), key=lambda p: int(p.stem.rsplit("_", 1)[1]))
+    for path in files[:-n]:
+        path.unlink(missing_ok=True)
+
+
+def download_wandb(run: str, cache_dir: str | Path | None = None) -> Path:
+    """Folder with the configuration and the newest weights of a wandb run ``entity/project/run_id``."""
+    import wandb
+
+    api = wandb.Api().run(run)
+    folder = Path(cache_dir or Path.home() / ".cache" / "e2e_fast") / run.replace("/", "_")
+    names = [file.name for file in api.files()]
+    return _fetch(folder, run, names, lambda name: api.file(name).download(root=str(folder), exist_ok=True))
+
+
+def download_hub(repo: str, subfolder: str | None = None) -> Path:
+    """Folder with the configuration and the newest weights of a run stored on the Hugging Face hub."""
+    from huggingface_hub import HfApi, hf_hub_download
+
+    prefix = f"{subfolder}/" if subfolder else ""
+    names = [n.removeprefix(prefix) for n in HfApi().list_repo_files(repo) if n.startswith(prefix)]
+    folder = None
+
+    def fetch(name: str) -> None:
+        nonlocal folder
+        folder = Path(hf_hub_download(repo, prefix + name)).parent
+
+    _fetch(Path("."), repo, names, fetch)
+    assert folder is not None
+    return folder
+
+
+def _fetch(folder: Path, run: str, names: list[str], fetch: Callable[[str], Any]) -> Path:
+    weights = [(int(m[1]), name) for name in names if (m := WEIGHTS.fullmatch(name))]
+    if "final_config.yaml" not in names or not weights:
+        raise FileNotFoundError(f"{run} holds no final_config.yaml with samples_N weights; it has {sorted(names)[:10]}")
+    fetch("final_config.yaml")
+    fetch(max(weights)[1])
+    return folder

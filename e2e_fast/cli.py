@@ -1,0 +1,114 @@
+"""The command ``e2e-fast``: thin wrappers around the library's functions.
+
+e2e-fast demo                     train the three kinds of SAE on the embedded model, no download
+e2e-fast train config.yaml        what ``e2e_fast.train`` does
+e2e-fast eval out/my_run          what ``e2e_fast.evaluate`` does
+e2e-fast match A B                what ``e2e_fast.match_dictionaries`` does, for files
+e2e-fast train-lm                 train the embedded language model anew
+e2e-fast info                     versions, devices, which kernels are active
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from e2e_fast.compare.cli import match
+from e2e_fast.train_lm import train_lm
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Fast end-to-end sparse dictionary learning.")
+
+EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 3
+EXIT_TERMINATED = 143
+
+
+def main() -> None:
+    """Entry point: input errors end with one clear line and exit code 2, a stopped training with 3."""
+    from e2e_fast.config import ConfigError
+    from e2e_fast.trainer import TrainingStopped
+
+    try:
+        app()
+    except TrainingStopped as error:
+        print(f"e2e-fast: training stopped: {error}", file=sys.stderr)
+        sys.exit(EXIT_STOPPED)
+    except (ConfigError, ValueError, OSError) as error:
+        print(f"e2e-fast: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the table and the picture.")] = Path("out/demo"),
+    samples: Annotated[int, typer.Option(help="Sequences each SAE is trained on.")] = 3000,
+) -> None:
+    """Train local, e2e and e2e+downstream SAEs on the embedded language model and compare them."""
+    from e2e_fast.demo import run_demo
+
+    run_demo(out, samples)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file with e2e_sae's keys.")],
+    resume: Annotated[Path | None, typer.Option(help="Run folder to go on with.")] = None,
+    quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
+) -> None:
+    """Train SAEs as a configuration says."""
+    from e2e_fast.trainer import train as run_training
+
+    run = run_training(config, resume=resume, quiet=quiet)
+    _print_metrics(run.history[-2] if len(run.history) > 1 else run.history[-1])
+    if run.folder is not None:
+        print(f"saved in {run.folder}")
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run folder, or one of its weight files.")],
+    samples: Annotated[int, typer.Option(help="Sequences to evaluate on.")] = 256,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Evaluate a run on its eval_data (or, without one, its train_data)."""
+    from e2e_fast.checkpoint import read_run
+    from e2e_fast.config import load_config
+    from e2e_fast.trainer import evaluate_run
+
+    settings, state = read_run(run)
+    metrics = evaluate_run(load_config(settings), state, samples)
+    if as_json:
+        print(json.dumps(metrics, indent=1))
+    else:
+        _print_metrics(metrics)
+
+
+@app.command()
+def info() -> None:
+    """Print versions, devices, the SIMD level and which kernels are active."""
+    from e2e_fast.info import describe
+
+    for name, value in describe().items():
+        print(f"{name:<18} {value}")
+
+
+app.command("match")(match)
+app.command("train-lm")(train_lm)
+
+
+def _print_metrics(metrics: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None)
+    table.add_column("metric", overflow="fold")
+    table.add_column("value", justify="right")
+    for key, value in metrics.items():
+        table.add_row(key, f"{value:.6g}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

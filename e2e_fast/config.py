@@ -1,0 +1,211 @@
+"""The configuration of a training run: e2e_sae's schema, whose YAML files load unchanged, plus optional keys of ours.
+
+Keys, defaults, coercions and validators are those of e2e_sae 2.1.1, so ``lr: 5e-4`` (a string to YAML) is a number and
+a misspelt key is an error. Two deliberate differences: relative paths are relative to the current directory, and
+``save_dir`` defaults to ``out`` there.
+
+>>> config = Config.model_validate(dict(
+...     tlens_model_name="gpt2", save_every_n_samples=None, eval_n_samples=None, batch_size=8, lr="5e-4",
+...     loss=dict(sparsity=dict(coeff=1.5), in_to_orig=None, out_to_orig=None, out_to_in=None,
+...               logits_kl=dict(coeff=1.0)),
+...     n_samples=400_000,
+...     train_data=dict(dataset_name="d", tokenizer_name="gpt2", split="train", n_ctx=1024),
+...     saes=dict(sae_positions="blocks.6.hook_resid_pre", dict_size_to_input_ratio=60)))
+>>> config.lr, config.loss.kind, config.n_gradient_accumulation_steps
+(0.0005, 'e2e', 1)
+"""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from e2e_fast.data import DatasetConfig
+from e2e_fast.losses import LossConfig, Positions
+
+Paths = Annotated[tuple[Path, ...] | None, BeforeValidator(lambda v: (v,) if isinstance(v, (str, Path)) else v)]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run: the message names each key, what was expected and what came."""
+
+
+class SAEsConfig(BaseModel):
+    """Where the SAEs sit and how large they are."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sae_positions: Positions = Field(min_length=1)
+    """TransformerLens hook names, or parts of names that match several positions."""
+    dict_size_to_input_ratio: PositiveFloat = 1.0
+    """d_sae = int(ratio · d_in)."""
+    pretrained_sae_paths: Paths = None
+    """Weight files to start from; later files win. Positions they cover stay frozen unless ``retrain_saes``."""
+    retrain_saes: bool = False
+    k: PositiveInt | None = None
+    """TopK: features kept per token. None: ReLU, e2e_sae's activation. [ours]"""
+
+
+class Config(BaseModel):
+    """One training run. Sample counts are sequences, never tokens."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    wandb_project: str | None = None
+    """None: no wandb."""
+    wandb_run_name: str | None = None
+    wandb_run_name_prefix: str = ""
+    seed: NonNegativeInt = 0
+    tlens_model_name: str | None = None
+    """What ``load_lm`` takes: a Hugging Face name, a folder, or ``embedded``. Exactly one of this and the next."""
+    tlens_model_path: Path | None = None
+    """A folder with the language model."""
+    save_dir: Path | None = Path("out")
+    """Run folders are made here. None: nothing is saved."""
+    n_samples: PositiveInt | None = None
+    """None: until the data ends."""
+    save_every_n_samples: PositiveInt | None
+    eval_every_n_samples: PositiveInt | None = None
+    eval_n_samples: PositiveInt | None
+    batch_size: PositiveInt
+    """Sequences of a forward pass."""
+    effective_batch_size: PositiveInt | None = None
+    """Sequences of an optimizer step; a multiple of ``batch_size``. None: ``batch_size``."""
+    lr: PositiveFloat
+    lr_schedule: Literal["linear", "cosine"] = "cosine"
+    min_lr_factor: NonNegativeFloat = 0.1
+    warmup_samples: NonNegativeInt = 0
+    cooldown_samples: NonNegativeInt = 0
+    max_grad_norm: PositiveFloat | None = None
+    log_every_n_grad_steps: PositiveInt = 20
+    collect_act_frequency_every_n_samples: NonNegativeInt = 20_000
+    """0: never."""
+    act_frequency_n_tokens: PositiveInt = 100_000
+    loss: LossConfig
+    train_data: DatasetConfig
+    eval_data: DatasetConfig | None = None
+    saes: SAEsConfig
+    lm_processing: Literal["transformer_lens", "none"] = "transformer_lens"
+    """Centred writing weights, as every published e2e SAE was trained on, or the raw model. [ours]"""
+    device: str | None = None
+    """None: CUDA where there is one, else CPU. [ours]"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_deprecated(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "collect_output_metrics_every_n_samples" in data:
+            data = {k: v for k, v in data.items() if k != "collect_output_metrics_every_n_samples"}
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.tlens_model_name is None) == (self.tlens_model_path is None):
+            raise ValueError("exactly one of tlens_model_name and tlens_model_path must be set")
+        if self.effective_batch_size is not None and self.effective_batch_size % self.batch_size:
+            raise ValueError(
+                f"effective_batch_size must be a multiple of batch_size ({self.batch_size}), "
+                f"got {self.effective_batch_size}"
+            )
+        if self.lr_schedule == "cosine":
+            if self.n_samples is None:
+                raise ValueError("lr_schedule 'cosine' needs n_samples, got None")
+            if self.cooldown_samples:
+                raise ValueError(f"lr_schedule 'cosine' needs cooldown_samples 0, got {self.cooldown_samples}")
+        if self.eval_every_n_samples is not None and self.eval_data is None:
+            raise ValueError("eval_every_n_samples needs eval_data, got None")
+        return self
+
+    @property
+    def n_gradient_accumulation_steps(self) -> int:
+        """Micro-batches per optimizer step."""
+        return (self.effective_batch_size or self.batch_size) // self.batch_size
+
+    @property
+    def model(self) -> str:
+        """Name or folder of the language model."""
+        return str(self.tlens_model_name or self.tlens_model_path)
+
+    @property
+    def run_name(self) -> str:
+        """``wandb_run_name``, or e2e_sae's name made of the main settings."""
+        if self.wandb_run_name:
+            return self.wandb_run_name_prefix + self.wandb_run_name
+        loss = self.loss
+        parts = [f"seed-{self.seed}", f"lpcoeff-{loss.sparsity.coeff}"]
+        if loss.out_to_in is not None and loss.out_to_in.coeff > 0:
+            parts.append(f"in-to-out-{loss.out_to_in.coeff}")
+        if loss.logits_kl is not None and loss.logits_kl.coeff > 0:
+            parts.append(f"logits-kl-{loss.logits_kl.coeff}")
+        if loss.in_to_orig is not None and loss.in_to_orig.total_coeff > 0:
+            parts.append(f"in-to-orig-{loss.in_to_orig.total_coeff}")
+        parts += [f"lr-{self.lr}", f"ratio-{self.saes.dict_size_to_input_ratio}"]
+        parts.append("-".join(self.saes.sae_positions))
+        return self.wandb_run_name_prefix + "_".join(parts)
+
+    def replace(self, **changes: Any) -> "Config":
+        """A validated copy with some keys changed."""
+        return load_config({**self.model_dump(), **changes})
+
+
+def load_config(source: "str | Path | Mapping[str, Any] | Config") -> Config:
+    """A configuration from a YAML file, a mapping or a Config.
+
+    Raises ConfigError for unknown, missing or wrong keys and FileNotFoundError for a missing file.
+    """
+    if isinstance(source, Config):
+        return source
+    name = "config"
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        if not path.is_file():
+            raise FileNotFoundError(f"config must be a YAML file, a mapping or a Config; there is no file {path}")
+        name = str(path)
+        try:
+            source = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{name} is not valid YAML: {error}") from error
+    if not isinstance(source, Mapping):
+        raise ConfigError(f"{name} must hold a mapping of keys to values, got {type(source).__name__}")
+    try:
+        return Config.model_validate(dict(source))
+    except ValidationError as error:
+        raise ConfigError(_explain(name, error)) from error
+
+
+def _explain(name: str, error: ValidationError) -> str:
+    lines = [f"{name} cannot be run:"]
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"]) or "(whole)"
+        if problem["type"] == "missing":
+            lines.append(f"  {key}: missing; it must be given")
+        elif problem["type"] == "extra_forbidden":
+            lines.append(f"  {key}: unknown key{_suggest(problem['loc'])}; got {problem['input']!r}")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            got = "" if problem["type"] == "value_error" else f"; got {problem['input']!r}"
+            lines.append(f"  {key}: {message}{got}")
+    return "\n".join(lines)
+
+
+def _suggest(location: tuple[int | str, ...]) -> str:
+    model: Any = Config
+    for part in location[:-1]:
+        annotation = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        model = next((c for c in candidates if hasattr(c, "model_fields")), None)
+    near = difflib.get_close_matches(str(location[-1]), getattr(model, "model_fields", {}), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""

@@ -1,0 +1,85 @@
+"""How well SAEs preserve a language model: losses, sparsity, downstream reconstruction and cross-entropy.
+
+As in e2e_sae's evaluation, KL and the MSE at later residual streams are measured even where they are not trained on;
+means over batches are weighted by their tokens.
+
+>>> from e2e_fast import SAETransformer, evaluate, embedded                                  # doctest: +SKIP
+>>> model = SAETransformer.from_local_path("out/my_run")                                     # doctest: +SKIP
+>>> evaluate(model, embedded.tokens("heldout", n_ctx=128))["performance/eval/difference_ce_loss"]  # doctest: +SKIP
+-0.021
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from e2e_fast import losses
+from e2e_fast.losses import InToOrigLoss, LossConfig, WeightedLoss
+from e2e_fast.metrics import step_metrics
+from e2e_fast.step import forward_step
+
+if TYPE_CHECKING:
+    from e2e_fast.lm import LM
+    from e2e_fast.sae import SAE, SAETransformer
+
+
+def evaluate(
+    model: "SAETransformer",
+    tokens: "Tensor | np.ndarray | Iterable[Tensor]",
+    *,
+    loss: LossConfig | None = None,
+    batch_size: int = 8,
+) -> dict[str, float]:
+    """Metrics under e2e_sae's key names (``performance/eval/difference_ce_loss``, ``sparsity/eval/L_0/…``, …).
+
+    tokens: [samples, T], or an iterable of [B, T] batches. ``loss`` is the training loss, whose other terms are then
+    reported too. Raises ValueError when there is no batch.
+    """
+    loss = losses.with_full_names(loss or losses.e2e(sparsity=0.0), model.lm.positions())
+    loss = evaluation_loss(loss, model.lm, list(model.by_position))
+    return evaluate_saes(model.lm, model.by_position, loss, batches_of(tokens, batch_size))
+
+
+def evaluation_loss(loss: LossConfig, lm: "LM", positions: list[str]) -> LossConfig:
+    """The loss with KL and the MSE at every later ``hook_resid_post`` added at coefficient 0 where they are missing."""
+    later = [p for p in lm.positions() if p.endswith("hook_resid_post")]
+    first = lm.positions().index(positions[0])
+    later = tuple(p for p in later if lm.positions().index(p) > first)
+    added: dict[str, Any] = {}
+    if loss.logits_kl is None:
+        added["logits_kl"] = WeightedLoss(coeff=0.0)
+    if loss.in_to_orig is None and later:
+        added["in_to_orig"] = InToOrigLoss(total_coeff=0.0, hook_positions=later)
+    return loss.model_copy(update=added)
+
+
+@torch.no_grad()
+def evaluate_saes(lm: "LM", saes: "Mapping[str, SAE]", loss: LossConfig, batches: Iterable[Tensor]) -> dict[str, float]:
+    """`evaluate` for SAEs by position; ``loss`` names its positions in full."""
+    sums: dict[str, Tensor] = {}
+    n_tokens = 0
+    for tokens in batches:
+        tokens = tokens.to(lm.device)
+        result = forward_step(lm, saes, loss, tokens)
+        metrics = step_metrics(result, "eval", tokens)
+        for key, value in metrics.items():
+            weighted = value.double() * tokens.numel()
+            sums[key] = sums[key] + weighted if key in sums else weighted
+        n_tokens += tokens.numel()
+    if not n_tokens:
+        raise ValueError("evaluation needs at least one batch of tokens, got none")
+    return {key: float(value / n_tokens) for key, value in sums.items()}
+
+
+def batches_of(tokens: "Tensor | np.ndarray | Iterable[Tensor]", batch_size: int) -> Iterable[Tensor]:
+    """Consecutive [batch_size, T] rows of an array (the last batch may be smaller), or the iterable itself."""
+    if isinstance(tokens, np.ndarray):
+        tokens = torch.as_tensor(np.ascontiguousarray(tokens))
+    if isinstance(tokens, Tensor):
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens must be [samples, T], got shape {list(tokens.shape)}")
+        return (chunk.long() for chunk in tokens.split(batch_size))
+    return tokens

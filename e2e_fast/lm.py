@@ -1,0 +1,664 @@
+"""A frozen language model, cut at any point of its residual stream.
+
+An end-to-end loss compares the model with itself, once with an activation replaced. With blocks f_0 … f_{L-1}, final
+norm ν and a cut before block ℓ:
+
+    original   x_ℓ = f_{ℓ-1} ∘ … ∘ f_0 (embed(tokens)),   h = ν ∘ f_{L-1} ∘ … ∘ f_ℓ (x_ℓ)      once, no graph
+    spliced    h' = ν ∘ f_{L-1} ∘ … ∘ f_ℓ (x̂),            x̂ = SAE(x_ℓ)                          with a graph
+    KL         mean over tokens of KL(softmax(U h + b) ‖ softmax(U h' + b))                       kernels.linear_kl
+
+The prefix is never run twice and no logits are built. Any training loop becomes end-to-end with four lines
+(``docs/own_loop.py`` is the runnable version)::
+
+    original = lm.original(tokens, at="blocks.6.hook_resid_pre", downstream=["blocks.8.hook_resid_pre"])
+    x_hat = sae(original["blocks.6.hook_resid_pre"])
+    spliced = original.splice(x_hat)
+    loss = spliced.kl() + spliced.mse("blocks.8.hook_resid_pre") + sparsity
+
+Blocks are the model's own modules, called with the arguments that the model itself would pass (masks, rotary tables):
+the embedding part of the model runs with every block replaced by one that writes its arguments down. Those depend on
+the shape of the batch alone, so they are made once a shape.
+
+An LM is a tree of modules of its own, which shares the given model's weight storage: nothing is written to the user's
+model, no hook is left on it, and its training mode and ``requires_grad`` flags stay as they are.
+
+>>> import torch, transformers
+>>> config = transformers.GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=50, n_positions=32)
+>>> lm = load_lm(transformers.GPT2LMHeadModel(config))
+>>> lm
+LM(gpt2, 2 layers, d_model 16, d_vocab 50, n_ctx 32, processing transformer_lens)
+>>> original = lm.original(torch.randint(50, (4, 8)), at="blocks.1.hook_resid_pre")
+>>> x = original["blocks.1.hook_resid_pre"]
+>>> round(float(original.splice(x).kl()), 6)
+0.0
+"""
+
+import copy
+import difflib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from e2e_fast import embedded, kernels
+from e2e_fast.lm_architectures import Tap, centre_unembedding, centre_writers, take_apart
+
+Replacement = Tensor | Callable[[Tensor], Tensor]
+"""What a splice puts in an activation's place: a tensor, or a function of the activation that arrives there."""
+
+PROCESSINGS = ("transformer_lens", "none")
+
+ALIASES = {
+    "gpt2-small": "gpt2",
+    "tiny-stories-1M": "roneneldan/TinyStories-1M",
+    "tiny-stories-33M": "roneneldan/TinyStories-33M",
+}
+"""TransformerLens' short names, which configurations use; ``pythia-…`` stands for ``EleutherAI/pythia-…``."""
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "merges.txt")
+"""A folder with none of these holds no tokenizer."""
+
+KNOWN_SHAPES = 4
+"""Batch shapes whose block arguments are kept (training and evaluation, each with a last smaller batch)."""
+
+STAGES = (
+    "hook_resid_pre",
+    "hook_attn_out",
+    "hook_resid_mid",
+    "mlp.hook_pre",
+    "mlp.hook_post",
+    "hook_mlp_out",
+    "hook_resid_post",
+)
+"""Named points of a block, in the order in which the block computes them."""
+
+
+def load_lm(
+    model: Any,
+    processing: str | None = None,
+    device: str | torch.device | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    tokenizer: Any = None,
+) -> "LM":
+    """A frozen LM from anything that holds one.
+
+    model: a Hugging Face name or folder (loaded in float32 unless ``dtype`` says otherwise), "embedded" (the model that
+    the demo runs on), a Hugging Face causal LM, a TransformerLens ``TransformerBridge`` (3.x, 4.x) or
+    ``HookedTransformer`` (below 4), or an ``LM`` (returned as it is). processing: "transformer_lens", the default,
+    gives the activations and logits of TransformerLens' processed models: LayerNorm models have the weights that write
+    to the residual stream centred, and models without a logit soft-cap their unembedding centred over the vocabulary.
+    "none" leaves the model as it came. ``device=None`` leaves it where it is; ``tokenizer`` overrides the one found
+    beside the model.
+
+    Raises ValueError for an unknown architecture, processing or kind of object.
+    """
+    if processing not in (None, *PROCESSINGS):
+        raise ValueError(f"processing must be one of {PROCESSINGS}, got {processing!r}")
+    if isinstance(model, LM):
+        if processing not in (None, model.processing):
+            raise ValueError(f"processing={processing!r} asked of an LM that was loaded with {model.processing!r}")
+        return model if device is None else model.to(device)
+    source = None
+    if isinstance(model, str | os.PathLike):
+        source = embedded.path() if str(model) == "embedded" else ALIASES.get(str(model), str(model))
+        if source.startswith("pythia-"):
+            source = f"EleutherAI/{source}"
+        model = _from_pretrained(source, dtype or torch.float32)
+    elif dtype is not None:
+        raise ValueError(f"dtype is for models loaded by name, got {dtype} and a {type(model).__name__}")
+    lm = LM(model, processing or "transformer_lens", tokenizer=tokenizer, source=source)
+    return lm if device is None else lm.to(device)
+
+
+class LM:
+    """A frozen language model in parts: embedding, blocks, final norm, unembedding. Made by :func:`load_lm`.
+
+    Deliberately no ``nn.Module``: a module that holds an LM does not list the LM's weights among its own.
+    """
+
+    name: str
+    """The name, folder or family that it was loaded from."""
+    n_layers: int
+    d_model: int
+    d_vocab: int
+    n_ctx: int
+    """Longest sequence, tokens."""
+    unembed: "Unembedding"
+    processing: str
+    """"transformer_lens" or "none"."""
+
+    def __init__(self, model: Any, processing: str, tokenizer: Any = None, source: str | None = None) -> None:
+        parts = take_apart(model)
+        config = self.config = parts.config
+        self.processing = processing
+        self._architecture = parts.architecture
+        self._parallel = parts.parallel
+        self._is_hooked = parts.family == "HookedTransformer"
+        self._tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
+        self._source = source or getattr(config, "_name_or_path", None) or None
+        self.name = self._source or getattr(config, "model_name", None) or parts.family
+        self.d_vocab, self.d_model = parts.weight.shape
+        self.n_ctx = config.n_ctx if self._is_hooked else config.max_position_embeddings
+
+        front, blocks, norm = parts.base, parts.base.get_submodule(parts.architecture.blocks), parts.norm
+        weight, bias = parts.weight, parts.bias
+        if processing == "transformer_lens":
+            if parts.has_layer_norm:
+                centre_writers(front, blocks, parts.architecture)
+            if parts.softcap is None:
+                weight, bias = centre_unembedding(weight, bias)
+        self.unembed = Unembedding(weight, bias, parts.softcap)
+
+        # The front keeps the embedding and all that the model computes before its blocks; there, blocks take notes.
+        self._notes = _Notes()
+        front.set_submodule(parts.architecture.blocks, nn.ModuleList(_NoteTaker(self._notes, b) for b in blocks))
+        front.set_submodule(parts.architecture.norm, nn.Identity())
+        self._front, self._norm, self._blocks = front, norm, list(blocks)
+        self._known_calls: dict[tuple[Any, ...], list[_Call]] = {}
+        if not self._is_hooked:
+            self._configs = _front_configs(front.config)
+        self._modules = nn.ModuleList([front, *blocks, norm, self.unembed]).eval()
+        self.n_layers = len(self._blocks)
+        self._order = _positions(self.n_layers, self._parallel)
+        self._widths = self._probe()
+
+    # --------------------------------------------------------------------------------------------------- what it is
+
+    def __repr__(self) -> str:
+        return (
+            f"LM({self.name}, {self.n_layers} layers, d_model {self.d_model}, d_vocab {self.d_vocab}, "
+            f"n_ctx {self.n_ctx}, processing {self.processing})"
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.unembed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating type of the weights and activations."""
+        return self.unembed.weight.dtype
+
+    def to(self, device: str | torch.device) -> "LM":
+        """Moves this LM (never the model that it was made from) and returns it."""
+        self._modules.to(device)
+        self._known_calls.clear()
+        if self._is_hooked:
+            self.config.device = str(torch.device(device))
+        return self
+
+    @property
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer that lies beside the model, loaded on first use; None where there is none."""
+        if self._tokenizer is None and self._source is not None:
+            self._tokenizer, self._source = _load_tokenizer(self._source), None
+        return self._tokenizer
+
+    def positions(self) -> list[str]:
+        """Every position that can be read and spliced, in the order of the network."""
+        return list(self._order)
+
+    def width(self, position: str) -> int:
+        """Number of channels at a position: d_model, or d_mlp at ``mlp.hook_pre`` and ``mlp.hook_post``."""
+        return self._widths[_parse(self.check_position(position))[1]]
+
+    def check_position(self, position: str) -> str:
+        """The position itself; raises ValueError, with near names, where the model lacks it."""
+        if position in self._order:
+            return position
+        near = difflib.get_close_matches(str(position), self._order, n=3)
+        hint = f"near: {', '.join(near)}" if near else f"there are {', '.join(self.positions()[:7])}, …"
+        if "hook_resid_mid" in str(position) and self._parallel:
+            hint = f"attention and MLP run in parallel, so there is no hook_resid_mid; {hint}"
+        raise ValueError(f"position {position!r} is not in {self.name} ({self.n_layers} layers); {hint}")
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raises ValueError unless tokens is [B, T] of integers in [0, d_vocab), 1 ≤ T ≤ n_ctx. Waits for CUDA."""
+        self._check_shape(tokens)
+        low, high = (int(v) for v in tokens.aminmax())
+        if low < 0 or high >= self.d_vocab:
+            expected = f"[0, {self.d_vocab}) (the vocabulary of {self.name})"
+            raise ValueError(f"tokens must lie in {expected}, got ids from {low} to {high}")
+
+    def _check_shape(self, tokens: Tensor) -> None:
+        if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.numel() == 0:
+            came = list(tokens.shape) if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
+            raise ValueError(f"tokens must be a tensor [batch, sequence] that is not empty, got {came}")
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"tokens must be int64 or int32, got {tokens.dtype}")
+        if tokens.shape[1] > self.n_ctx:
+            raise ValueError(f"tokens must be at most n_ctx = {self.n_ctx} long, got sequences of {tokens.shape[1]}")
+
+    # ----------------------------------------------------------------------------------------------- the two passes
+
+    @torch.no_grad()
+    def original(
+        self,
+        tokens: Tensor,
+        at: str | Iterable[str] = (),
+        downstream: str | Iterable[str] = (),
+        suffix: bool = True,
+    ) -> "Original":
+        """The unchanged model on tokens [B, T], once and without a graph.
+
+        at: position or positions that a splice will replace; downstream: positions to compare. Both can be read from
+        the result. ``suffix=False`` stops after the last of them, for training that needs no output of the model.
+
+        Ids are compared with the vocabulary on the CPU only: a CUDA tensor would have to be waited for, so check it
+        once with :meth:`check_tokens`.
+        Raises ValueError for unknown positions and for tokens of wrong shape, type, length or range.
+        """
+        at = [at] if isinstance(at, str) else list(at)
+        downstream = [downstream] if isinstance(downstream, str) else list(downstream)
+        named = sorted({self.check_position(p) for p in (*at, *downstream)}, key=self._order.__getitem__)
+        self._check_shape(tokens)
+        if tokens.device.type == "cpu":
+            self.check_tokens(tokens)
+
+        wanted = set(named)
+        for layer, stage in map(_parse, at):
+            if stage in STAGES[1:-1]:  # a splice inside a block goes on from these
+                wanted |= {f"blocks.{layer}.hook_resid_pre", f"blocks.{layer}.hook_attn_out"}
+        stop = self.n_layers if suffix else max(map(_blocks_needed, wanted), default=0)
+
+        visit = _Visit(wanted)
+        x, calls = self._embed(tokens.to(self.device, non_blocking=True))
+        x = self._advance(visit("blocks.0.hook_resid_pre", x), calls, 0, stop, visit)
+        return Original(self, tokens, at, named, visit.seen, calls, self._norm(x) if suffix else None)
+
+    def _embed(self, tokens: Tensor) -> tuple[Tensor, list["_Call"]]:
+        """The stream before block 0, [B, T, D], and the arguments that each block is called with."""
+        self._notes.calls = []
+        if self._is_hooked:  # its masks may depend on the tokens (left padding)
+            return self._front(tokens, return_type=None, stop_at_layer=self.n_layers), self._notes.calls
+        # Tensors made in inference mode cannot serve a graph later on.
+        batch = (*tokens.shape, torch.is_inference_mode_enabled())
+        calls = self._known_calls.get(batch)
+        self._front.config = self._configs.masks if calls is None else self._configs.no_masks
+        plain = {"use_cache": False, "output_attentions": False, "output_hidden_states": False}
+        x = self._front(tokens, return_dict=True, **plain).last_hidden_state
+        if calls is None:
+            while len(self._known_calls) >= KNOWN_SHAPES:
+                del self._known_calls[next(iter(self._known_calls))]
+            calls = self._known_calls[batch] = self._notes.calls
+        return x, calls
+
+    def _advance(self, x: Tensor, calls: list["_Call"], start: int, stop: int, visit: "_Visit") -> Tensor:
+        """From the stream before block ``start`` to the stream before block ``stop``."""
+        for layer in range(start, stop):
+            if layer in visit.inside:
+                attn_out = visit(f"blocks.{layer}.hook_attn_out", self._attention(layer, x, calls[layer]))
+                x = self._after_attention(layer, x, attn_out, visit)
+            else:
+                x = _tensor(self._blocks[layer](x, *calls[layer].args, **calls[layer].kwargs))
+            x = self._between(layer, x, visit)
+        return x
+
+    def _between(self, layer: int, x: Tensor, visit: "_Visit") -> Tensor:
+        """Blocks ``layer`` and ``layer + 1`` share one tensor with two names."""
+        x = visit(f"blocks.{layer}.hook_resid_post", x)
+        return visit(f"blocks.{layer + 1}.hook_resid_pre", x) if layer + 1 < self.n_layers else x
+
+    def _attention(self, layer: int, x: Tensor, call: "_Call") -> Tensor:
+        """The attention branch: the block's own forward, left at the module that yields attn_out."""
+        block = self._blocks[layer]
+        handle = block.get_submodule(self._architecture.attn_out).register_forward_hook(_leave)
+        try:
+            block(x, *call.args, **call.kwargs)
+        except _Left as left:
+            return left.output
+        finally:
+            handle.remove()
+        raise RuntimeError(f"block {layer} of {self.name} never called its {self._architecture.attn_out}")
+
+    def _after_attention(
+        self, layer: int, x: Tensor, attn_out: Tensor, visit: "_Visit", mlp_out: Tensor | None = None
+    ) -> Tensor:
+        """The rest of a block, from its input and attn_out (and mlp_out, where it is known) to its output."""
+        mid = x + attn_out
+        if not self._parallel:
+            mid = x = visit(f"blocks.{layer}.hook_resid_mid", mid)
+        if mlp_out is None:
+            mlp_out = self._mlp(layer, x, visit)
+        return mid + visit(f"blocks.{layer}.hook_mlp_out", mlp_out)
+
+    def _mlp(self, layer: int, x: Tensor, visit: "_Visit") -> Tensor:
+        """The MLP branch with its norms, visited at its hidden layer where that is asked for."""
+        block = self._blocks[layer]
+        taps = {"mlp.hook_pre": self._architecture.mlp_pre, "mlp.hook_post": self._architecture.mlp_post}
+        named = {f"blocks.{layer}.{stage}": tap for stage, tap in taps.items()}
+        handles = [_listen(block, tap, visit, name) for name, tap in named.items() if name in visit.names]
+        try:
+            for path in self._architecture.mlp:
+                x = _tensor(block.get_submodule(path)(x))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return x
+
+    @torch.no_grad()
+    def _probe(self) -> dict[str, int]:
+        """Runs two tokens through block 0, whole and in parts: the parts must agree. Returns the stages' widths."""
+        x, calls = self._embed(torch.zeros(1, 2, dtype=torch.int64, device=self.device))
+        if len(calls) != self.n_layers or x.shape != (1, 2, self.d_model):
+            raise ValueError(f"{self.name} does not run its blocks one after the other, as its family should")
+        whole = _tensor(self._blocks[0](x, *calls[0].args, **calls[0].kwargs))
+        if not torch.isfinite(whole).all():
+            raise ValueError(f"{self.name} gives NaN or infinity for its first token: its weights are damaged")
+        self._known_calls.clear()
+        _, others = self._embed(torch.ones(1, 2, dtype=torch.int64, device=self.device))
+        if not all(map(_same_arguments, calls, others)):
+            raise ValueError(f"{self.name} passes its blocks arguments that depend on the tokens: not supported")
+        visit = _Visit(name for name in self._order if name.startswith("blocks.0."))
+        parts = self._advance(visit("blocks.0.hook_resid_pre", x), calls, 0, 1, visit)
+        if not torch.allclose(whole, parts, rtol=0, atol=2e-2 * float(whole.abs().max())):
+            kind = type(self._blocks[0]).__name__
+            raise ValueError(f"{self.name}'s blocks ({kind}) do not compute what its family's row in the table says")
+        return {_parse(name)[1]: value.shape[-1] for name, value in visit.seen.items()}
+
+
+class Unembedding(nn.Module):
+    """From the hidden state after the final norm to logits: ``hidden @ weight.T + bias``, soft-capped."""
+
+    weight: Tensor
+    """(V, D)."""
+    bias: Tensor | None
+    """(V,) or None."""
+    softcap: float | None
+    """c in ``c · tanh(logits / c)`` (Gemma 2), or None."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, softcap: float | None) -> None:
+        super().__init__()
+        # Registered as they come: a parameter that is also the embedding's stays one tensor when the LM moves.
+        self.weight, self.bias, self.softcap = weight, bias, softcap
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [..., D] → logits [..., V]."""
+        logits = nnf.linear(hidden, self.weight, self.bias)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+class Original(Mapping[str, Tensor]):
+    """What the unchanged model did on a batch: a mapping from the named positions to activations [B, T, width]."""
+
+    lm: LM
+    tokens: Tensor
+    """[B, T], as given."""
+    at: list[str]
+    """Positions that a splice may replace."""
+
+    def __init__(
+        self,
+        lm: LM,
+        tokens: Tensor,
+        at: list[str],
+        named: list[str],
+        seen: dict[str, Tensor],
+        calls: list["_Call"],
+        final: Tensor | None,
+    ) -> None:
+        self.lm, self.tokens, self.at = lm, tokens, at
+        self._named, self._seen, self._calls, self._final = named, seen, calls, final
+
+    def __getitem__(self, position: str) -> Tensor:
+        if position not in self._named:
+            raise KeyError(f"{position!r} was not asked for: name it in at= or downstream= (there are {self._named})")
+        return self._seen[position]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._named)
+
+    def __len__(self) -> int:
+        return len(self._named)
+
+    @property
+    def final(self) -> Tensor:
+        """[B, T, D]: the hidden state after the final norm, which the unembedding reads; none with suffix=False."""
+        if self._final is None:
+            raise RuntimeError("the original pass stopped early (suffix=False): it has no final state, logits or KL")
+        return self._final
+
+    @torch.no_grad()
+    def logits(self) -> Tensor:
+        """[B, T, V]."""
+        return self.lm.unembed(self.final)
+
+    def splice(self, x_hat: Replacement | Mapping[str, Replacement]) -> "Spliced":
+        """The model from the first spliced position on, with a graph.
+
+        x_hat: a tensor [B, T, width] or a function of the activation when ``at`` names one position; else
+        ``{position: tensor or function}``. Functions are called in the order of the network, with the activation that
+        arrives at their position: a later one sees what the earlier ones did. Positions of ``at`` that are left out
+        stay as they are.
+
+        Raises ValueError for positions outside ``at`` and for an x_hat of another shape, dtype or device.
+        """
+        if not isinstance(x_hat, Mapping):
+            if len(self.at) != 1:
+                raise ValueError(f"x_hat must map positions to replacements where at= is not one position: {self.at}")
+            x_hat = {self.at[0]: x_hat}
+        outside = [position for position in x_hat if position not in self.at]
+        if outside or not x_hat:
+            raise ValueError(f"x_hat must name positions of at= ({self.at}), got {list(x_hat)}")
+        return Spliced(self, dict(x_hat))
+
+
+class Spliced:
+    """The model's run with replaced activations. Blocks after the last named position wait until they are needed."""
+
+    def __init__(self, original: Original, replace: dict[str, Replacement]) -> None:
+        lm = self._lm = original.lm
+        self._original = original
+        first = min(replace, key=lm._order.__getitem__)
+        affected = {p for p in original if lm._order[p] >= lm._order[first]}
+        self._visit = _Visit(affected, replace)
+        x, layer = self._enter(first)
+        self._next = max(layer, *map(_blocks_needed, affected))
+        self._stream = lm._advance(x, original._calls, layer, self._next, self._visit)
+
+    def _enter(self, first: str) -> tuple[Tensor, int]:
+        """To the end of the block with the first replacement: the stream there and the index of the next block."""
+        lm, seen, visit = self._lm, self._original._seen, self._visit
+        layer, stage = _parse(first)
+        if stage == "hook_resid_pre":
+            return visit(first, seen[first]), layer
+        if stage == "hook_resid_post":
+            return lm._between(layer, seen[first], visit), layer + 1
+        x, attn_out = seen[f"blocks.{layer}.hook_resid_pre"], seen[f"blocks.{layer}.hook_attn_out"]
+        attn_out = visit(f"blocks.{layer}.hook_attn_out", attn_out)
+        x = lm._after_attention(layer, x, attn_out, visit, seen[first] if stage == "hook_mlp_out" else None)
+        return lm._between(layer, x, visit), layer + 1
+
+    def __getitem__(self, position: str) -> Tensor:
+        """The activation that arrives at a named position (before its own replacement), with a graph."""
+        seen = self._visit.seen
+        return seen[position] if position in seen else self._original[position]
+
+    @cached_property
+    def final(self) -> Tensor:
+        """[B, T, D]: the hidden state after the final norm."""
+        lm = self._lm
+        return lm._norm(lm._advance(self._stream, self._original._calls, self._next, lm.n_layers, self._visit))
+
+    def logits(self) -> Tensor:
+        """[B, T, V]."""
+        return self._lm.unembed(self.final)
+
+    def kl(self) -> Tensor:
+        """KL(original ‖ spliced) over the vocabulary, nats, mean over all B·T tokens; never builds the logits."""
+        student, teacher = self.final.flatten(0, 1), self._original.final.flatten(0, 1)
+        unembed = self._lm.unembed
+        return kernels.linear_kl(student, teacher, unembed.weight, unembed.bias, softcap=unembed.softcap)
+
+    def mse(self, position: str) -> Tensor:
+        """Mean squared difference between what arrives at a position and the original, over tokens and channels."""
+        return nnf.mse_loss(self[position], self._original[position])
+
+
+# --------------------------------------------------------------------------------------------------- running blocks
+
+
+class _Call:
+    """The arguments that a block is called with, next to the stream."""
+
+    __slots__ = ("args", "kwargs")
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.args, self.kwargs = args, kwargs
+
+
+def _same_arguments(a: _Call, b: _Call) -> bool:
+    leaves = [tree_leaves((call.args, call.kwargs)) for call in (a, b)]
+    return all(torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in zip(*leaves, strict=True))
+
+
+class _Notes:
+    """The calls of one pass, and whether the blocks answer with a tensor or with a tuple that starts with it."""
+
+    def __init__(self) -> None:
+        self.calls: list[_Call] = []
+        self.answers_tuple: bool | None = None
+
+
+class _NoteTaker(nn.Module):
+    """Stands where a block stood: writes the call down and passes the stream on."""
+
+    def __init__(self, notes: _Notes, block: nn.Module) -> None:
+        super().__init__()
+        self._notes = notes
+        self._block = [block]  # in a list: it is not a part of this module
+        # Some models of transformers below 4.57 choose the mask by an attribute of the block.
+        if hasattr(block, "attention_type"):
+            self.attention_type = block.attention_type
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+        self._notes.calls.append(_Call(args, kwargs))
+        if self._notes.answers_tuple is None:
+            self._notes.answers_tuple = not isinstance(self._block[0](x, *args, **kwargs), Tensor)
+        return (x,) if self._notes.answers_tuple else x
+
+
+class _Visit:
+    """Sees the activations at some positions and replaces those it has a replacement for."""
+
+    def __init__(self, wanted: Iterable[str], replace: Mapping[str, Replacement] | None = None) -> None:
+        self.replace = replace or {}
+        self.names = {*wanted, *self.replace}
+        self.inside = {layer for layer, stage in map(_parse, self.names) if stage in STAGES[1:-1]}
+        self.seen: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, x: Tensor) -> Tensor:
+        if name not in self.names:
+            return x
+        self.seen[name] = x
+        if name not in self.replace:
+            return x
+        x_hat = self.replace[name]
+        if not isinstance(x_hat, Tensor):
+            x_hat = x_hat(x)
+        if not isinstance(x_hat, Tensor) or (x_hat.shape, x_hat.dtype, x_hat.device) != (x.shape, x.dtype, x.device):
+            raise ValueError(f"x_hat at {name} must be like the activation, {_describe(x)}, got {_describe(x_hat)}")
+        return x_hat
+
+
+class _Left(Exception):
+    """Carries a module's output out of the block's forward."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+
+def _leave(module: nn.Module, args: Any, output: Any) -> None:
+    raise _Left(_tensor(output))
+
+
+def _listen(block: nn.Module, tap: Tap, visit: _Visit, name: str) -> Any:
+    """Puts a visit on a module's input or output; returns the hook's handle."""
+    module = block.get_submodule(tap.module)
+    if tap.side == "input":
+
+        def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (visit(name, args[0]), *args[1:])
+
+        return module.register_forward_pre_hook(before)
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return visit(name, output)
+
+    return module.register_forward_hook(after)
+
+
+def _tensor(output: Any) -> Tensor:
+    """A module's main output: some return (tensor, attention weights, …)."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _describe(x: Any) -> str:
+    return f"{list(x.shape)} {x.dtype} on {x.device}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+
+
+# -------------------------------------------------------------------------------------------------------- positions
+
+
+def _positions(n_layers: int, parallel: bool) -> dict[str, int]:
+    """Position → its place in the order of the network."""
+    stages = [stage for stage in STAGES if not (parallel and stage == "hook_resid_mid")]
+    names = (f"blocks.{layer}.{stage}" for layer in range(n_layers) for stage in stages)
+    return {name: i for i, name in enumerate(names)}
+
+
+def _parse(position: str) -> tuple[int, str]:
+    _, layer, stage = position.split(".", 2)
+    return int(layer), stage
+
+
+def _blocks_needed(position: str) -> int:
+    layer, stage = _parse(position)
+    return layer if stage == "hook_resid_pre" else layer + 1
+
+
+# ----------------------------------------------------------------------------------------------------------- loading
+
+
+class _Configs(NamedTuple):
+    """Configurations of the front alone: neither looks at the tokens, which would wait for a GPU in every step."""
+
+    masks: Any
+    """Without a padding token: transformers searches the batch for it, to warn."""
+    no_masks: Any
+    """Of an attention that needs no masks, for shapes whose masks are there already: transformers inspects position
+    ids when it makes them."""
+
+
+def _front_configs(config: Any) -> _Configs:
+    masks = copy.copy(config)
+    masks.pad_token_id = None
+    no_masks = copy.copy(masks)
+    no_masks._attn_implementation = "none_needed"
+    return _Configs(masks, no_masks)
+
+
+def _from_pretrained(source: str, dtype: torch.dtype) -> Any:
+    import transformers
+
+    major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
+    name = "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
+    return transformers.AutoModelForCausalLM.from_pretrained(source, **{name: dtype})
+
+
+def _load_tokenizer(source: str) -> Any:
+    folder = Path(source)
+    if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(source)

@@ -1,0 +1,128 @@
+"""Where a run reports to: the console with a progress bar, a JSONL file, wandb when asked for.
+
+A row is a dict from e2e_sae's key names to numbers, with ``samples`` (sequences seen so far).
+
+>>> import tempfile
+>>> log = JsonlLog(Path(tempfile.mkdtemp()))
+>>> log.row({"samples": 8, "loss": 0.5}); log.close()
+>>> (log.path).read_text()
+'{"samples": 8, "loss": 0.5}\\n'
+"""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+Row = Mapping[str, float]
+
+
+class Log(Protocol):
+    """A place for rows."""
+
+    def start(self, total_samples: int | None) -> None: ...
+
+    def advance(self, samples: int) -> None: ...
+
+    def row(self, row: Row) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonlLog:
+    """``metrics.jsonl`` in the run folder: one JSON object a logged step, flushed at once, appended on resume."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "metrics.jsonl"
+        self._file = self.path.open("a")
+
+    def start(self, total_samples: int | None) -> None: ...
+
+    def advance(self, samples: int) -> None: ...
+
+    def row(self, row: Row) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class ConsoleLog:
+    """A progress bar on a terminal; plain lines, at most one every few seconds, elsewhere."""
+
+    def __init__(self, name: str, *, seconds_between_lines: float = 5.0) -> None:
+        self.name = name
+        self.seconds_between_lines = seconds_between_lines
+        self._last_line = 0.0
+        self._progress: Any = None
+        self._samples = 0
+        self._total: int | None = None
+
+    def start(self, total_samples: int | None) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._total = total_samples
+        if sys.stderr.isatty():
+            from rich.console import Console
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._task = self._progress.add_task(self.name, total=total_samples)
+            self._progress.start()
+
+    def advance(self, samples: int) -> None:
+        self._samples += samples
+        if self._progress is not None:
+            self._progress.advance(self._task, samples)
+
+    def row(self, row: Row) -> None:
+        now = time.monotonic()
+        if now - self._last_line < self.seconds_between_lines:
+            return
+        self._last_line = now
+        text = f"{self.name}  {self._samples}" + (f"/{self._total}" if self._total else "") + "  " + summary(row)
+        (self._progress.console.print if self._progress is not None else lambda t: print(t, file=sys.stderr))(text)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+
+class WandbLog:
+    """Rows to Weights & Biases, stepped by samples as e2e_sae does."""
+
+    def __init__(self, project: str, name: str, settings: Mapping[str, Any]) -> None:
+        import wandb
+
+        self._run = wandb.init(project=project, name=name, config=dict(settings))
+
+    def start(self, total_samples: int | None) -> None: ...
+
+    def advance(self, samples: int) -> None: ...
+
+    def row(self, row: Row) -> None:
+        self._run.log({k: v for k, v in row.items() if k != "samples"}, step=int(row["samples"]))
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def summary(row: Row) -> str:
+    """The few numbers of a row that a person follows."""
+    wanted = (
+        ("loss", "loss"),
+        ("KL", "/logits_kl"),
+        ("MSE", "/out_to_in/"),
+        ("L0", "/L_0/"),
+        ("CE", "/difference_ce_loss"),
+    )
+    parts = []
+    for label, part in wanted:
+        value = next((v for k, v in row.items() if (k == part if part == "loss" else part in k)), None)
+        if value is not None:
+            parts.append(f"{label} {-value:+.4f}" if label == "CE" else f"{label} {value:.4g}")
+    return "  ".join(parts)

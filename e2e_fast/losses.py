@@ -1,0 +1,175 @@
+"""The losses of local, e2e and e2e+downstream training, as data.
+
+With N tokens, d the width of the SAE's input, a_i the activation at position i and x̂ the SAE's output:
+
+    sparsity      mean_N ‖c‖_p / d                                  every kind
+    out_to_in     mean_{N,d} (x̂ - x)²                               local: reconstruct the input
+    out_to_orig   mean_{N,d} (x̂ - x_original)²                      differs from out_to_in behind another SAE
+    in_to_orig    Σ_i mean_{N,d} (a_i - a_i,original)² / |i|        downstream: later layers stay as they were
+    logits_kl     mean_N KL(p_original ‖ p_spliced), in nats        e2e: the output stays as it was
+
+The total is the sum of coefficient × loss. Keys, defaults and formulas are those of e2e_sae (Braun et al. 2024), whose
+code computes KL(original ‖ spliced) although its docstring names the other direction.
+
+>>> e2e(sparsity=1.5).kind
+'e2e'
+>>> local(sparsity=4.0).out_to_in.coeff
+1.0
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import torch
+import torch.nn.functional as nnf
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, PositiveFloat
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from e2e_fast.lm import Original, Spliced
+    from e2e_fast.sae import SAEActs
+
+Positions = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]
+"""One position or a list of them: TransformerLens names, or parts of names that match several."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SparsityLoss(_Frozen):
+    """‖c‖_p of the codes, divided by the width of the SAE's input."""
+
+    coeff: NonNegativeFloat
+    p_norm: PositiveFloat = 1.0
+
+
+class InToOrigLoss(_Frozen):
+    """MSE of later activations; the coefficient is split evenly over the positions."""
+
+    total_coeff: NonNegativeFloat
+    hook_positions: Positions
+
+
+class WeightedLoss(_Frozen):
+    """A loss with nothing but a coefficient. 0 logs it without training on it."""
+
+    coeff: NonNegativeFloat
+
+
+class LossConfig(_Frozen):
+    """What is minimised. All five keys must be given; None leaves a loss out."""
+
+    sparsity: SparsityLoss
+    in_to_orig: InToOrigLoss | None = Field()
+    out_to_orig: WeightedLoss | None = Field()
+    out_to_in: WeightedLoss | None = Field()
+    logits_kl: WeightedLoss | None = Field()
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the loss can be computed without running the LM behind the SAE."""
+        return self.logits_kl is None and self.in_to_orig is None
+
+    @property
+    def kind(self) -> Literal["local", "e2e", "e2e+downstream"]:
+        """Which of the paper's three families this is."""
+        if self.is_local:
+            return "local"
+        return "e2e" if self.in_to_orig is None else "e2e+downstream"
+
+    @property
+    def downstream(self) -> tuple[str, ...]:
+        """Positions whose activations are compared with the original ones."""
+        return self.in_to_orig.hook_positions if self.in_to_orig else ()
+
+
+def local(sparsity: float, p_norm: float = 1.0) -> LossConfig:
+    """Reconstruction: MSE between input and output, plus sparsity."""
+    return LossConfig(
+        sparsity=SparsityLoss(coeff=sparsity, p_norm=p_norm),
+        in_to_orig=None,
+        out_to_orig=None,
+        out_to_in=WeightedLoss(coeff=1.0),
+        logits_kl=None,
+    )
+
+
+def e2e(sparsity: float, p_norm: float = 1.0, kl: float = 1.0) -> LossConfig:
+    """End-to-end: KL of the output, plus sparsity; the reconstruction error is logged, not minimised."""
+    return LossConfig(
+        sparsity=SparsityLoss(coeff=sparsity, p_norm=p_norm),
+        in_to_orig=None,
+        out_to_orig=None,
+        out_to_in=WeightedLoss(coeff=0.0),
+        logits_kl=WeightedLoss(coeff=kl),
+    )
+
+
+def e2e_downstream(
+    sparsity: float, positions: Positions, p_norm: float = 1.0, kl: float = 0.5, total_coeff: float = 2.5
+) -> LossConfig:
+    """End-to-end plus the MSE of later activations. The defaults are the paper's for layers 2 and 6 of GPT-2 small."""
+    return e2e(sparsity, p_norm, kl).model_copy(
+        update={"in_to_orig": InToOrigLoss(total_coeff=total_coeff, hook_positions=positions)}
+    )
+
+
+def with_full_names(loss: LossConfig, available: Sequence[str]) -> LossConfig:
+    """The loss with its downstream positions' names in full, in the network's order.
+
+    Raises ValueError for one that is not ``available``.
+    """
+    if loss.in_to_orig is None:
+        return loss
+    names = tuple(resolve_positions(loss.in_to_orig.hook_positions, available))
+    return loss.model_copy(update={"in_to_orig": loss.in_to_orig.model_copy(update={"hook_positions": names})})
+
+
+def resolve_positions(names: str | Sequence[str], available: Sequence[str]) -> list[str]:
+    """Full position names, in the network's order: exact names, or every position that contains a name as a part.
+
+    Raises ValueError for a name that matches nothing.
+    """
+    chosen = set()
+    for name in [names] if isinstance(names, str) else names:
+        matches = [name] if name in available else [a for a in available if name in a]
+        if not matches:
+            near = difflib.get_close_matches(name, available, n=3) or available[-3:]
+            raise ValueError(f"position {name!r} is not in this model; near it are {', '.join(near)}")
+        chosen.update(matches)
+    return [a for a in available if a in chosen]
+
+
+def compute_loss(
+    config: LossConfig, acts: Mapping[str, "SAEActs"], original: "Original", spliced: "Spliced | None"
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted total (a scalar) and every single loss, unweighted, under e2e_sae's key ("sparsity/{position}").
+
+    ``spliced`` is None in local training. A loss with coefficient 0 is computed without a graph.
+    """
+    weighted: list[tuple[str, float, Tensor]] = []
+
+    def add(name: str, coeff: float, value: Tensor) -> None:
+        weighted.append((name, coeff, value))
+
+    for position, act in acts.items():
+        sparsity = act.norm(config.sparsity.p_norm).mean() / act.input.shape[-1]
+        add(f"sparsity/{position}", config.sparsity.coeff, sparsity)
+        if config.out_to_in is not None:
+            add(f"out_to_in/{position}", config.out_to_in.coeff, nnf.mse_loss(act.input, act.output))
+        if config.out_to_orig is not None:
+            add(f"out_to_orig/{position}", config.out_to_orig.coeff, nnf.mse_loss(act.output, original[position]))
+    if spliced is not None:
+        if config.in_to_orig is not None:
+            share = config.in_to_orig.total_coeff / len(config.in_to_orig.hook_positions)
+            for position in config.in_to_orig.hook_positions:
+                add(f"in_to_orig/{position}", share, spliced.mse(position))
+        if config.logits_kl is not None:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and config.logits_kl.coeff > 0):
+                add("logits_kl", config.logits_kl.coeff, spliced.kl())
+
+    used = [coeff * value for _, coeff, value in weighted if coeff]
+    total = torch.stack(used).sum() if used else weighted[0][2].detach() * 0
+    return total, {name: value.detach() for name, _, value in weighted}

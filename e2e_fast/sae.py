@@ -1,0 +1,349 @@
+"""The sparse autoencoder, and a frozen language model with SAEs at some of its positions.
+
+    c = relu(W_enc x + b_enc)                      (N, F); with ``k`` only the k largest entries
+    x̂ = Σ_j c_j · W_dec[j] / ‖W_dec[j]‖ + b_dec    (N, D)
+
+Decoder rows are normalised inside autograd on every forward; Adam updates the raw rows, whose gradient is therefore
+tangent to them. No tied weights, no subtraction of b_dec from the input (Braun et al. 2024).
+
+>>> import torch
+>>> sae = SAE(d_in=16, d_sae=64)
+>>> acts = sae(torch.randn(2, 5, 16))
+>>> acts.output.shape, acts.c.shape
+(torch.Size([2, 5, 16]), torch.Size([2, 5, 64]))
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from e2e_fast import kernels
+from e2e_fast.kernels import DensityController, SparseCode
+from e2e_fast.kernels.density import default_limit
+from e2e_fast.losses import resolve_positions
+
+if TYPE_CHECKING:
+    from e2e_fast.lm import LM
+
+
+class Linear(NamedTuple):
+    """Weight and bias of one half of an SAE in ``torch.nn.Linear``'s orientation (a view)."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True)
+class SAEActs:
+    """What an SAE did to a batch."""
+
+    input: Tensor
+    """[..., d_in] the activation that arrived."""
+    output: Tensor
+    """[..., d_in] its reconstruction."""
+    code: SparseCode
+    """The codes of the N flattened tokens. While most features fire K = d_sae and slot j is feature j."""
+    d_sae: int
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether slot j of every token is feature j."""
+        return self.code.values.shape[1] == self.d_sae and self.code.indices.stride(0) == 0
+
+    @property
+    def c(self) -> Tensor:
+        """[..., d_sae] dense codes."""
+        dense = self.code.values if self.is_dense else self.code.to_dense(self.d_sae)
+        return dense.view(*self.input.shape[:-1], self.d_sae)
+
+    def norm(self, p: float) -> Tensor:
+        """(N,) ‖c‖_p of every token."""
+        values = self.code.values
+        return values.sum(-1) if p == 1 else torch.linalg.vector_norm(values, ord=p, dim=-1)
+
+    def l0(self) -> Tensor:
+        """(N,) active features of every token."""
+        return self.code.count
+
+    def counts(self) -> Tensor:
+        """(d_sae,) int64: on how many tokens each feature fires."""
+        used = self.code.values.detach() > 0
+        return used.sum(0) if self.is_dense else torch.bincount(self.code.indices[used], minlength=self.d_sae)
+
+
+class SAE(nn.Module):
+    """One sparse autoencoder; parameters W_enc and W_dec are [d_sae, d_in].
+
+    ``init="e2e_sae"`` draws the same numbers as the reference: ``torch.nn.Linear``'s default for the encoder and both
+    biases, a random (semi-)orthogonal decoder. ``init="empty"`` leaves the parameters to be loaded.
+    """
+
+    def __init__(self, d_in: int, d_sae: int, *, k: int | None = None, init: str = "e2e_sae") -> None:
+        super().__init__()
+        if k is not None:
+            kernels.reference.check_k(k, d_sae)
+        self.d_in, self.d_sae, self.k = d_in, d_sae, k
+        self.density = DensityController(default_limit(d_sae))
+        if init == "e2e_sae":
+            encoder, decoder = nn.Linear(d_in, d_sae), nn.Linear(d_sae, d_in)
+            W_dec = nn.init.orthogonal_(decoder.weight.detach().T)
+            tensors = (encoder.weight.detach(), encoder.bias.detach(), W_dec, decoder.bias.detach())
+        elif init == "empty":
+            tensors = (torch.empty(d_sae, d_in), torch.empty(d_sae), torch.empty(d_sae, d_in), torch.empty(d_in))
+        else:
+            raise ValueError(f"init must be 'e2e_sae' or 'empty', got {init!r}")
+        self.W_enc, self.b_enc, self.W_dec, self.b_dec = (nn.Parameter(t.contiguous()) for t in tensors)
+
+    def forward(self, x: Tensor) -> SAEActs:
+        """Encode and decode activations [..., d_in]."""
+        flat = x.reshape(-1, self.d_in)
+        output, code = kernels.autoencode(
+            flat, self.W_enc, self.b_enc, self.W_dec, self.b_dec, k=self.k, density=self.density
+        )
+        return SAEActs(x, output.view_as(x), code, self.d_sae)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Dense codes [..., d_sae] of activations [..., d_in]."""
+        return self.encode_sparse(x).to_dense(self.d_sae).view(*x.shape[:-1], self.d_sae)
+
+    def encode_sparse(self, x: Tensor) -> SparseCode:
+        """Codes of the N flattened tokens, with room for the fullest of them (or for k)."""
+        flat = x.reshape(-1, self.d_in)
+        if self.k is not None:
+            return kernels.encode_topk(flat, self.W_enc, self.b_enc, self.k)
+        return kernels.encode_relu(flat, self.W_enc, self.b_enc)
+
+    def decode(self, c: Tensor) -> Tensor:
+        """Reconstruction [..., d_in] of dense codes [..., d_sae]."""
+        return c @ self.dict_elements.T + self.b_dec
+
+    @property
+    def dict_elements(self) -> Tensor:
+        """[d_in, d_sae] unit dictionary directions, one a column, as in e2e_sae."""
+        return nn.functional.normalize(self.W_dec, dim=-1).T
+
+    @property
+    def encoder(self) -> tuple[Linear]:
+        """``sae.encoder[0].weight`` [d_sae, d_in] and ``.bias``: e2e_sae's names."""
+        return (Linear(self.W_enc, self.b_enc),)
+
+    @property
+    def decoder(self) -> Linear:
+        """``sae.decoder.weight`` [d_in, d_sae] (raw, not normalised) and ``.bias``: e2e_sae's names."""
+        return Linear(self.W_dec.T, self.b_dec)
+
+    def extra_repr(self) -> str:
+        return f"d_in={self.d_in}, d_sae={self.d_sae}" + (f", k={self.k}" if self.k else "")
+
+
+E2E_SAE_KEYS = {
+    "encoder.0.weight": "W_enc",
+    "encoder.0.bias": "b_enc",
+    "decoder.weight": "W_dec",
+    "decoder.bias": "b_dec",
+}
+"""e2e_sae's names of an SAE's tensors; its decoder is stored transposed, [d_in, d_sae]."""
+
+
+def to_e2e_sae(saes: Mapping[str, SAE]) -> dict[str, Tensor]:
+    """The weights of several SAEs under e2e_sae's keys (``blocks-6-hook_resid_pre.encoder.0.weight`` …)."""
+    state = {}
+    for position, sae in saes.items():
+        for theirs, ours in E2E_SAE_KEYS.items():
+            tensor = getattr(sae, ours).detach()
+            state[f"{hyphenated(position)}.{theirs}"] = tensor.T.contiguous() if ours == "W_dec" else tensor
+    return state
+
+
+def load_e2e_sae(saes: Mapping[str, SAE], state: Mapping[str, Tensor], *, strict: bool = True) -> list[str]:
+    """Copies weights with e2e_sae's keys into SAEs; returns the positions that were covered.
+
+    Raises ValueError for an unknown key, a tensor of another shape and, when ``strict``, a missing one.
+    """
+    wanted = {
+        f"{hyphenated(position)}.{theirs}": (position, ours)
+        for position in saes
+        for theirs, ours in E2E_SAE_KEYS.items()
+    }
+    if unknown := sorted(set(state) - set(wanted)):
+        raise ValueError(
+            f"weights hold {unknown[0]!r}, which no SAE here has; expected keys like {next(iter(wanted))!r}"
+        )
+    if strict and (missing := sorted(set(wanted) - set(state))):
+        raise ValueError(f"weights lack {missing[0]!r} ({len(missing)} keys are missing)")
+    covered: dict[str, None] = {}
+    with torch.no_grad():
+        for key, tensor in state.items():
+            position, ours = wanted[key]
+            parameter = getattr(saes[position], ours)
+            tensor = tensor.T if ours == "W_dec" else tensor
+            if tensor.shape != parameter.shape:
+                raise ValueError(
+                    f"{key} has shape {list(tensor.shape)} ({ours}), the SAE at {position} needs "
+                    f"{list(parameter.shape)}: the weights are of another model, position or dictionary size"
+                )
+            parameter.copy_(tensor)
+            covered[position] = None
+    return list(covered)
+
+
+def hyphenated(position: str) -> str:
+    """The module name of a position: torch allows no dots in it."""
+    return position.replace(".", "-")
+
+
+class SAETransformer(nn.Module):
+    """A frozen language model with SAEs at some of its positions: e2e_sae's class, signature and keys.
+
+    ``tlens_model`` is anything ``load_lm`` takes. ``raw_sae_positions`` are position names or parts of names.
+    ``d_sae = int(dict_size_to_input_ratio · d_in)`` at each.
+    """
+
+    def __init__(
+        self,
+        tlens_model: Any,
+        raw_sae_positions: str | Sequence[str],
+        dict_size_to_input_ratio: float = 1.0,
+        init_decoder_orthogonal: bool = True,
+        *,
+        k: int | None = None,
+        lm_processing: str = "transformer_lens",
+    ) -> None:
+        from e2e_fast.lm import load_lm
+
+        super().__init__()
+        self.lm: LM = load_lm(tlens_model, processing=lm_processing)
+        self.raw_sae_positions = [raw_sae_positions] if isinstance(raw_sae_positions, str) else list(raw_sae_positions)
+        self.all_sae_positions = resolve_positions(self.raw_sae_positions, self.lm.positions())
+        init = "e2e_sae" if init_decoder_orthogonal else "empty"
+        self.saes = nn.ModuleDict()
+        for position in self.all_sae_positions:
+            d_in = self.lm.width(position)
+            d_sae = int(dict_size_to_input_ratio * d_in)
+            if d_sae < 1:
+                raise ValueError(
+                    f"dict_size_to_input_ratio {dict_size_to_input_ratio} gives no feature at width {d_in}"
+                )
+            self.saes[hyphenated(position)] = SAE(d_in, d_sae, k=k, init=init)
+        self.to(self.lm.device)
+
+    @property
+    def by_position(self) -> dict[str, SAE]:
+        """The SAEs under their positions' names."""
+        saes: dict[str, Any] = {position: self.saes[hyphenated(position)] for position in self.all_sae_positions}
+        return saes
+
+    def to(self, *args: Any, **kwargs: Any) -> "SAETransformer":
+        """Moves the SAEs and the language model; the model keeps its dtype."""
+        super().to(*args, **kwargs)
+        device = torch.empty(0).to(*args, **kwargs).device if args or kwargs else None
+        if device is not None and (kwargs.get("device") is not None or not isinstance(args[0], torch.dtype)):
+            self.lm.to(device)
+        return self
+
+    def forward_raw(
+        self, tokens: Tensor, cache_positions: Sequence[str] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits [B, T, V] of the untouched model, and its activations at the SAEs' and the cached positions."""
+        original = self.lm.original(tokens, at=self.all_sae_positions, downstream=list(cache_positions or ()))
+        return original.logits(), dict(original)
+
+    @torch.no_grad()
+    def forward(
+        self, tokens: Tensor, sae_positions: str | Sequence[str] | None = "all"
+    ) -> tuple[Tensor, dict[str, SAEActs]]:
+        """Logits [B, T, V] with the chosen SAEs' outputs in place of the activations, and what each SAE did."""
+        chosen = (
+            self.all_sae_positions
+            if sae_positions == "all"
+            else resolve_positions(sae_positions or [], self.all_sae_positions)
+        )
+        if not chosen:
+            return self.forward_raw(tokens)[0], {}
+        saes = self.by_position
+        acts: dict[str, SAEActs] = {}
+
+        def insert(position: str):
+            def run(x: Tensor) -> Tensor:
+                acts[position] = saes[position](x)
+                return acts[position].output
+
+            return run
+
+        spliced = self.lm.original(tokens, at=chosen).splice({p: insert(p) for p in chosen})
+        return spliced.logits(), acts
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int = 20,
+        sae_positions: str | Sequence[str] | None = "all",
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """[B, T + max_new_tokens]: a continuation sampled with the SAEs inserted; temperature 0 takes the likeliest."""
+        for _ in range(max_new_tokens):
+            logits = self.forward(tokens[:, -self.lm.n_ctx :], sae_positions)[0][:, -1]
+            if temperature == 0:
+                following = logits.argmax(-1, keepdim=True)
+            else:
+                following = torch.multinomial((logits / temperature).softmax(-1), 1)
+            tokens = torch.cat([tokens, following.to(tokens)], dim=1)
+        return tokens
+
+    @classmethod
+    def from_local_path(
+        cls, checkpoint_dir: str | Path, *, lm: Any = None, checkpoint_file: str | Path | None = None
+    ) -> "SAETransformer":
+        """The newest weights of a run folder (``final_config.yaml`` + ``samples_N.pt`` or ``.safetensors``).
+
+        ``lm`` replaces the model that the configuration names. ``checkpoint_file`` picks one weight file.
+        """
+        from e2e_fast.checkpoint import read_run
+
+        return cls.from_weights(*read_run(Path(checkpoint_dir), checkpoint_file), lm=lm)
+
+    @classmethod
+    def from_wandb(cls, run: str, *, lm: Any = None, cache_dir: str | Path | None = None) -> "SAETransformer":
+        """A run ``entity/project/run_id``: downloads its configuration and newest weights (needs wandb)."""
+        from e2e_fast.checkpoint import download_wandb
+
+        return cls.from_local_path(download_wandb(run, cache_dir), lm=lm)
+
+    @classmethod
+    def from_hub(cls, repo: str, *, lm: Any = None, subfolder: str | None = None) -> "SAETransformer":
+        """A run folder stored on the Hugging Face hub."""
+        from e2e_fast.checkpoint import download_hub
+
+        return cls.from_local_path(download_hub(repo, subfolder), lm=lm)
+
+    @classmethod
+    def from_weights(
+        cls, settings: Mapping[str, Any], state: Mapping[str, Tensor], *, lm: Any = None
+    ) -> "SAETransformer":
+        """SAEs from e2e_sae's keys; sizes are read off the tensors, positions off the keys."""
+        model = settings.get("tlens_model_name") or settings.get("tlens_model_path")
+        if lm is None and model is None:
+            raise ValueError("the configuration names no language model (tlens_model_name): pass lm=")
+        saes: Mapping[str, Any] = settings.get("saes") or {}
+        stems = {key.removesuffix(f".{name}") for key in state for name in E2E_SAE_KEYS if key.endswith(f".{name}")}
+        from e2e_fast.lm import load_lm
+
+        lm = load_lm(model if lm is None else lm, processing=settings.get("lm_processing", "transformer_lens"))
+        positions = [p for p in lm.positions() if hyphenated(p) in stems]
+        if len(positions) != len(stems):
+            known = {hyphenated(p) for p in positions}
+            raise ValueError(f"the weights hold {sorted(stems - known)[0]!r}, which is no position of {lm.name}")
+        transformer = cls(lm, positions, 1.0, init_decoder_orthogonal=False, k=saes.get("k"))
+        for position, sae in transformer.by_position.items():
+            d_sae, d_in = state[f"{hyphenated(position)}.encoder.0.weight"].shape
+            if d_in != sae.d_in:
+                raise ValueError(f"the SAE at {position} has d_in {d_in}, {lm.name} has {sae.d_in} there")
+            transformer.saes[hyphenated(position)] = SAE(d_in, d_sae, k=sae.k, init="empty")
+        load_e2e_sae(transformer.by_position, state)
+        transformer.saes.to(lm.device)
+        return transformer

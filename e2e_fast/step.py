@@ -1,0 +1,95 @@
+"""One training step: tokens → prefix → encode → decode → suffix → losses → backward.
+
+    original  = lm.original(tokens)          the prefix and, unless the loss is local, the teacher; once, no graph
+    x̂         = sae(original[position])      encode, decode
+    spliced   = original.splice(x̂)           the suffix, with a graph; in local training it is not run
+    loss      = Σ coefficient · term         losses.compute_loss
+    gradients = ∂loss/∂(SAE weights)         the LM is frozen and gets none
+
+The Trainer calls this once a micro-batch; so can any other loop.
+
+>>> import torch
+>>> from e2e_fast import losses, load_lm                                       # doctest: +SKIP
+>>> from e2e_fast.sae import SAE                                               # doctest: +SKIP
+>>> lm = load_lm("embedded")                                                   # doctest: +SKIP
+>>> saes = {"blocks.3.hook_resid_pre": SAE(lm.d_model, 1024)}                  # doctest: +SKIP
+>>> result = training_step(lm, saes, losses.e2e(sparsity=1.0), tokens)         # doctest: +SKIP
+>>> result.loss, saes["blocks.3.hook_resid_pre"].W_dec.grad.shape              # doctest: +SKIP
+"""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor
+
+from e2e_fast.losses import LossConfig, compute_loss
+from e2e_fast.measure import Timings
+
+if TYPE_CHECKING:
+    from e2e_fast.lm import LM, Original, Spliced
+    from e2e_fast.sae import SAE, SAEActs
+
+
+class StepResult(NamedTuple):
+    """What one micro-batch gave. Nothing here has a graph; reading a number off it synchronises a GPU."""
+
+    loss: Tensor
+    """() the weighted total, before division by the accumulation steps."""
+    terms: dict[str, Tensor]
+    """() each loss by itself, unweighted, under e2e_sae's key without its prefix."""
+    acts: "dict[str, SAEActs]"
+    """What each SAE did, by position."""
+    original: "Original"
+    spliced: "Spliced | None"
+    """None in local training."""
+
+
+def training_step(
+    lm: "LM",
+    saes: "Mapping[str, SAE]",
+    loss: LossConfig,
+    tokens: Tensor,
+    *,
+    accumulation_steps: int = 1,
+    timings: Timings | None = None,
+) -> StepResult:
+    """Forward and backward of one micro-batch; gradients are added to the SAEs' ``.grad``.
+
+    tokens [B, T]. ``loss`` names its downstream positions in full. The loss is divided by ``accumulation_steps``
+    before the backward, so that the gradients of an optimizer step are those of its mean loss. ``timings`` receives the
+    seconds of each phase.
+    """
+    timings = timings or Timings(enabled=False)
+    result = forward_step(lm, saes, loss, tokens, timings)
+    with timings.phase("backward"):
+        (result.loss / accumulation_steps).backward()
+    return result._replace(loss=result.loss.detach())
+
+
+def forward_step(
+    lm: "LM", saes: "Mapping[str, SAE]", loss: LossConfig, tokens: Tensor, timings: Timings | None = None
+) -> StepResult:
+    """The step without its backward; evaluation calls it under ``torch.no_grad``."""
+    timings = timings or Timings(enabled=False)
+    with timings.phase("prefix" if loss.is_local else "prefix and teacher"):
+        original = lm.original(tokens, at=list(saes), downstream=list(loss.downstream), suffix=not loss.is_local)
+    acts: dict[str, SAEActs] = {}
+
+    def autoencode_at(position: str) -> Callable[[Tensor], Tensor]:
+        def run(x: Tensor) -> Tensor:
+            with timings.phase("SAE"):
+                acts[position] = saes[position](x)
+            return acts[position].output
+
+        return run
+
+    spliced = None
+    if loss.is_local:
+        for position in saes:
+            autoencode_at(position)(original[position])
+    else:
+        with timings.phase("student"):
+            spliced = original.splice({position: autoencode_at(position) for position in saes})
+    with timings.phase("losses"):
+        total, terms = compute_loss(loss, acts, original, spliced)
+    return StepResult(total, terms, acts, original, spliced)

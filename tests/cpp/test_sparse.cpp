@@ -1,0 +1,246 @@
+// Selection, decode and the one-pass backward against loops in double, at every SIMD level.
+#include "sparse.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+
+#include "check.hpp"
+
+using namespace e2e;
+
+static double product(const float* a, const float* b, int64_t n) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(a[i]) * b[i];
+  return sum;
+}
+
+struct Code {
+  std::vector<float> values;
+  std::vector<int32_t> indices, count;
+};
+
+static Code finish(Selection& selection, int64_t rows, int64_t slots, int threads) {
+  Code code{std::vector<float>(rows * slots, NAN), std::vector<int32_t>(rows * slots, -7), std::vector<int32_t>(rows, -7)};
+  selection.finish(code.values.data(), code.indices.data(), code.count.data(), slots, threads);
+  return code;
+}
+
+/// Columns of every row in the order in which they must be selected.
+static std::vector<int32_t> ranking(const float* scores, int64_t n) {
+  std::vector<int32_t> order(n);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return scores[a] > scores[b]; });
+  return order;
+}
+
+static void selection_finds_the_k_best_across_blocks() {
+  Random random;
+  for (int64_t columns : {1, 7, 513, 3000})
+    for (int64_t k : {1, 5, 40})
+      for (int threads : {1, 3}) {
+        if (k > columns) continue;
+        const int64_t rows = 4;
+        std::vector<float> z = random.vector(rows * columns);
+        for (int64_t i = 0; i < rows * columns; i += 3) z[i] = 0.75f;  // ties: the lower index must win
+        Selection selection(rows, k, -1);
+        for (int64_t first = 0; first < columns; first += 700) {
+          const int64_t width = std::min<int64_t>(700, columns - first);
+          std::vector<float> block(rows * width);
+          for (int64_t r = 0; r < rows; ++r) std::copy_n(&z[r * columns + first], width, &block[r * width]);
+          selection.add(block.data(), width, first, threads);
+        }
+        const Code code = finish(selection, rows, k, threads);
+        for (int64_t r = 0; r < rows; ++r) {
+          const auto order = ranking(&z[r * columns], columns);
+          for (int64_t i = 0; i < k; ++i) {
+            const float expected = std::max(0.f, z[r * columns + order[i]]);
+            CHECK(code.values[r * k + i] == expected);
+            CHECK(code.indices[r * k + i] == (expected > 0 ? order[i] : 0));
+          }
+        }
+      }
+}
+
+static void selection_without_k_keeps_the_positive_up_to_the_limit() {
+  Random random;
+  const int64_t rows = 3, columns = 1001;
+  const std::vector<float> z = random.vector(rows * columns);
+  for (int64_t limit : {-1, 0, 4, 2000}) {
+    Selection selection(rows, 0, limit);
+    selection.add(z.data(), columns, 0, 2);
+    const int64_t slots = limit < 0 ? selection.fullest() : limit;
+    const Code code = finish(selection, rows, slots, 2);
+    for (int64_t r = 0; r < rows; ++r) {
+      int64_t slot = 0, active = 0;
+      for (int64_t j = 0; j < columns; ++j) {
+        if (z[r * columns + j] <= 0) continue;
+        ++active;
+        if (slot >= slots) continue;
+        CHECK(code.values[r * slots + slot] == z[r * columns + j]);
+        CHECK(code.indices[r * slots + slot] == j);
+        ++slot;
+      }
+      CHECK(code.count[r] == active);
+      for (; slot < slots; ++slot) CHECK(code.values[r * slots + slot] == 0 && code.indices[r * slots + slot] == 0);
+    }
+  }
+}
+
+static void nan_scores_are_the_greatest() {
+  std::vector<float> z(600, 1.f);
+  z[599] = NAN, z[300] = -NAN, z[4] = INFINITY;
+  Selection selection(1, 3, -1);
+  selection.add(z.data(), 600, 0, 1);
+  const Code code = finish(selection, 1, 3, 1);
+  CHECK((code.indices == std::vector<int32_t>{300, 599, 4}));
+  CHECK(std::isnan(code.values[0]) && std::isnan(code.values[1]));
+}
+
+static float widen(uint16_t half) {
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+static void screening_selects_what_exact_scores_select() {
+  Random random;
+  const int64_t rows = 6, depth = 37, columns = 900, k = 9;
+  const std::vector<float> x = random.vector(rows * depth, 3), w = random.vector(columns * depth, 2),
+                           bias = random.vector(columns);
+  std::vector<uint16_t> xb(x.size()), wb(w.size()), products(rows * columns);
+  std::vector<float> xn(rows), xe(rows), wn(columns), we(columns), exact(rows * columns);
+  to_bfloat16(x.data(), rows, depth, xb.data(), xn.data(), xe.data(), 2);
+  to_bfloat16(w.data(), columns, depth, wb.data(), wn.data(), we.data(), 2);
+  for (int64_t r = 0; r < rows; ++r) {
+    CHECK(std::abs(xn[r] / std::sqrt(product(&x[r * depth], &x[r * depth], depth)) - 1) < 1e-4);
+    for (int64_t j = 0; j < columns; ++j) {
+      double z = 0;
+      for (int64_t i = 0; i < depth; ++i) z += static_cast<double>(widen(xb[r * depth + i])) * widen(wb[j * depth + i]);
+      const auto rounded = static_cast<float>(z);
+      uint32_t bits;
+      std::memcpy(&bits, &rounded, sizeof bits);
+      products[r * columns + j] = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+      exact[r * columns + j] = static_cast<float>(product(&x[r * depth], &w[j * depth], depth) + bias[j]);
+    }
+  }
+  for (int64_t top : {k, int64_t{0}}) {
+    Selection screened(rows, top, -1), plain(rows, top, -1);
+    screened.add_screened(products.data(), columns, 0, bias.data(), {xn.data(), xe.data()}, {wn.data(), we.data()}, depth, 2);
+    screened.rescore(x.data(), w.data(), bias.data(), depth, 2);
+    plain.add(exact.data(), columns, 0, 2);
+    const int64_t slots = top ? top : plain.fullest();
+    CHECK(screened.fullest() == plain.fullest() || top);
+    const Code a = finish(screened, rows, slots, 1), b = finish(plain, rows, slots, 1);
+    CHECK(a.indices == b.indices);
+    CHECK(a.count == b.count);
+    for (size_t i = 0; i < a.values.size(); ++i) CHECK(std::abs(a.values[i] - b.values[i]) < 1e-4f);
+  }
+}
+
+static void rounding_to_bfloat16_is_to_nearest_even() {
+  const std::vector<float> x{1.f, 1.00390625f, 1.01171875f, -2.5f, 0.f};  // the second and third lie half-way
+  std::vector<uint16_t> half(5);
+  float norm, error;
+  to_bfloat16(x.data(), 1, 5, half.data(), &norm, &error, 1);
+  CHECK(widen(half[0]) == 1.f && widen(half[1]) == 1.f && widen(half[2]) == 1.015625f && widen(half[3]) == -2.5f);
+  CHECK(error >= std::sqrt(2 * std::pow(2.0, -16)) && error < 0.0056f);
+}
+
+static void decode_and_backward_match_loops() {
+  Random random;
+  for (int64_t D : {1, 5, 16, 33, 70})
+    for (bool normalize : {true, false})
+      for (int threads : {1, 3}) {
+        const int64_t N = 9, K = 4, F = 11;
+        std::vector<float> values = random.vector(N * K), W = random.vector(F * D), x = random.vector(N * D),
+                           g = random.vector(N * D), bias = random.vector(D), dv_in = random.vector(N * K);
+        std::vector<int32_t> indices(N * K);
+        for (int64_t i = 0; i < N * K; ++i) indices[i] = static_cast<int32_t>((i * 5 + i / K) % (F - 2));
+        std::vector<double> scale(F, 1);
+        if (normalize)
+          for (int64_t j = 0; j < F; ++j) scale[j] = 1 / std::sqrt(product(&W[j * D], &W[j * D], D));
+
+        std::vector<float> y(N * D, NAN);
+        decode(values.data(), indices.data(), N, K, W.data(), F, D, normalize, bias.data(), Slots::positive, y.data(), threads);
+        std::vector<double> a(F * D), e(F * D), db(F);
+        std::vector<float> dv(N * K, NAN), dW_dec(F * D, NAN), dW_enc(F * D, NAN), db_enc(F, NAN);
+        code_backward({N, K, F, D, values.data(), indices.data(), dv_in.data(), g.data(), W.data(), x.data(), normalize,
+                       dW_dec.data(), dW_enc.data(), db_enc.data(), dv.data()},
+                      threads);
+        for (int64_t n = 0; n < N; ++n) {
+          std::vector<double> expected(bias.begin(), bias.end());
+          for (int64_t k = 0; k < K; ++k) {
+            const int64_t i = n * K + k, j = indices[i];
+            if (values[i] <= 0) {
+              CHECK(dv[i] == 0);
+              continue;
+            }
+            const double c = scale[j] * product(&g[n * D], &W[j * D], D) + dv_in[i];
+            CHECK(std::abs(dv[i] - c) < 1e-5);
+            db[j] += c;
+            for (int64_t d = 0; d < D; ++d) {
+              expected[d] += values[i] * scale[j] * W[j * D + d];
+              a[j * D + d] += static_cast<double>(values[i]) * g[n * D + d];
+              e[j * D + d] += c * x[n * D + d];
+            }
+          }
+          for (int64_t d = 0; d < D; ++d) CHECK(std::abs(y[n * D + d] - expected[d]) < 1e-5);
+        }
+        for (int64_t j = 0; j < F; ++j) {
+          double along = 0;
+          for (int64_t d = 0; d < D && normalize; ++d) along += a[j * D + d] * W[j * D + d] * scale[j] * scale[j];
+          CHECK(std::abs(db_enc[j] - db[j]) < 1e-5);
+          for (int64_t d = 0; d < D; ++d) {
+            const double tangent = scale[j] * (a[j * D + d] - along * W[j * D + d]);
+            CHECK(std::abs(dW_dec[j * D + d] - tangent) < 1e-4 * std::max(1.0, scale[j]));
+            CHECK(std::abs(dW_enc[j * D + d] - e[j * D + d]) < 1e-5);
+          }
+        }
+        for (int64_t d = 0; d < 2 * D; ++d) CHECK(dW_dec[(F - 2) * D + d] == 0 && dW_enc[(F - 2) * D + d] == 0);
+      }
+}
+
+static void indices_out_of_range_are_refused() {
+  const std::vector<float> values{1, 1}, W(6, 1.f);
+  std::vector<float> y(2), dv(2);
+  for (int32_t bad : {-1, 3, INT32_MAX}) {
+    const std::vector<int32_t> indices{0, bad};
+    CHECK(throws<std::invalid_argument>([&] {
+      decode(values.data(), indices.data(), 1, 2, W.data(), 3, 2, true, nullptr, Slots::positive, y.data(), 1);
+    }));
+    CHECK(throws<std::invalid_argument>([&] {
+      code_backward({1, 2, 3, 2, values.data(), indices.data(), nullptr, nullptr, nullptr, nullptr, true, nullptr,
+                     nullptr, nullptr, dv.data()},
+                    1);
+    }));
+  }
+}
+
+static void empty_inputs_are_legal() {
+  decode(nullptr, nullptr, 0, 3, nullptr, 5, 4, true, nullptr, Slots::positive, nullptr, 2);
+  Selection none(0, 3, -1), blank(2, 0, -1);
+  CHECK(none.fullest() == 0 && none.kept() == 0 && blank.fullest() == 0);
+  std::vector<float> dW(8, NAN), dv;
+  const std::vector<float> W(8, 1.f);
+  code_backward({0, 0, 2, 4, nullptr, nullptr, nullptr, W.data(), W.data(), nullptr, true, dW.data(), nullptr, nullptr, nullptr}, 2);
+  for (float v : dW) CHECK(v == 0);
+}
+
+int main() {
+  at_every_level(selection_finds_the_k_best_across_blocks);
+  at_every_level(selection_without_k_keeps_the_positive_up_to_the_limit);
+  at_every_level(nan_scores_are_the_greatest);
+  at_every_level(screening_selects_what_exact_scores_select);
+  at_every_level(rounding_to_bfloat16_is_to_nearest_even);
+  at_every_level(decode_and_backward_match_loops);
+  at_every_level(indices_out_of_range_are_refused);
+  at_every_level(empty_inputs_are_legal);
+  std::vector<char> page(3 << 20);
+  prefer_huge_pages(page.data(), static_cast<int64_t>(page.size()));
+  prefer_huge_pages(nullptr, 0);
+  keep_freed_memory(64 << 20);
+  return failures();
+}

@@ -1,0 +1,189 @@
+"""autoencode: one operator for the whole autoencoder, dense or sparse, and the controller that decides."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tolerance import assert_as_accurate
+
+from e2e_fast import kernels
+from e2e_fast.kernels import DensityController, reference
+
+N, D, F = 37, 24, 640
+
+
+def parameters(dtype=torch.float32, bias=0.0):
+    x, W_enc, W_dec = torch.randn(N, D), torch.randn(F, D) / D**0.5, torch.randn(F, D)
+    return [t.to(dtype) for t in (x, W_enc, bias + 0.1 * torch.randn(F), W_dec, torch.randn(D))]
+
+
+def run(module, arguments, dtype, **options):
+    """x_hat, the dense code and all five gradients of a loss that uses both outputs."""
+    leaves = [t.to(dtype).detach().requires_grad_() for t in arguments]
+    x_hat, code = module.autoencode(*leaves, **options)
+    mix = torch.linspace(-1, 1, D, dtype=dtype)
+    loss = (x_hat * mix).sum() + (x_hat - 1).square().sum() + 0.3 * code.values.sum()
+    return x_hat.detach(), code.to_dense(F).detach(), *torch.autograd.grad(loss, leaves)
+
+
+NAMES = ("x_hat", "code", "dx", "dW_enc", "db_enc", "dW_dec", "db_dec")
+WAYS = {
+    "topk": ({"k": 7}, 0.0),
+    "relu with capacity": ({"capacity": 400}, 0.0),
+    "relu, dense by itself": ({}, 0.0),
+    "relu, sparse by itself": ({}, -3.5),
+    "relu, not normalised": ({"normalize": False}, -3.5),
+    "relu, dense, not normalised": ({"normalize": False}, 0.0),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_outputs_and_all_gradients_match_float64(route, way, dtype):
+    options, bias = WAYS[way]
+    arguments = parameters(dtype, bias)
+    exact, naive = run(reference, arguments, torch.float64, **options), run(reference, arguments, dtype, **options)
+    for what, a, n, e in zip(NAMES, run(kernels, arguments, dtype, **options), naive, exact, strict=True):
+        assert_as_accurate(what, a, n, e)
+
+
+def test_dense_and_sparse_steps_are_one_function(route):
+    arguments = parameters(bias=-1.0)
+    results = []
+    for sparse in (False, True):
+        density = DensityController(F)
+        density.sparse = sparse
+        x_hat, code = kernels.autoencode(*arguments, density=density)
+        assert code.values.shape[1] == F if not sparse else code.values.shape[1] < F
+        results.append((x_hat, code.to_dense(F), code.count))
+    torch.testing.assert_close(*results)
+
+
+def test_step_goes_sparse_by_itself_when_few_features_fire(route):
+    for bias, sparse in ((0.0, False), (-3.5, True)):
+        _, code = kernels.autoencode(*parameters(bias=bias))
+        assert (code.values.shape[1] < F) == sparse
+        assert not code.overflowed().any()
+
+
+def test_controller_switches_with_hysteresis():
+    density = DensityController(limit=100)
+    assert density.sparse is None
+    for fullest, sparse in ((300, False), (100, False), (76, False), (75, True), (99, True), (101, False), (80, False)):
+        density.observe(torch.tensor([3, fullest, 0]))
+        assert density.sparse is sparse, fullest
+    density.observe(torch.zeros(0))
+    assert density.sparse is False
+
+
+def test_controller_is_fed_by_every_step(route):
+    density = DensityController(limit=F // 16)
+    kernels.autoencode(*parameters(bias=0.0), density=density)
+    assert density.sparse is False
+    kernels.autoencode(*parameters(bias=-3.5), density=density)
+    assert density.sparse is True
+    kernels.autoencode(*parameters(bias=0.0), density=density)
+    assert density.sparse is False
+
+
+def test_controller_needs_room_for_at_least_one_feature():
+    with pytest.raises(ValueError, match="limit must be at least 1 slot, got 0"):
+        DensityController(0)
+
+
+def test_no_tokens_train_nothing(route):
+    x, *rest = parameters()
+    for options in ({"k": 3}, {}, {"capacity": 4}):
+        leaves = [t.clone().requires_grad_() for t in rest]
+        x_hat, _ = kernels.autoencode(x[:0], *leaves, **options)
+        assert x_hat.shape == (0, D)
+        for gradient in torch.autograd.grad(x_hat.sum(), leaves):
+            assert not gradient.any()
+
+
+def test_only_the_gradients_that_are_asked_for_are_made(route):
+    x, W_enc, b_enc, W_dec, b_dec = parameters(bias=-3.5)
+    ways: list[dict[str, Any]] = [{"k": 3}, {}]
+    for options in ways:
+        W = W_dec.clone().requires_grad_()
+        kernels.autoencode(x, W_enc, b_enc, W, b_dec, **options)[0].sum().backward()
+        exact = W_dec.double().requires_grad_()
+        x_hat, _ = reference.autoencode(x.double(), W_enc.double(), b_enc.double(), exact, b_dec.double(), **options)
+        x_hat.sum().backward()
+        assert W.grad is not None
+        torch.testing.assert_close(W.grad.double(), exact.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_without_biases(route):
+    x, W_enc, _, W_dec, _ = parameters()
+    ways: list[dict[str, Any]] = [{"k": 3}, {}, {"capacity": F}]
+    for options in ways:
+        ours, _ = kernels.autoencode(x, W_enc, None, W_dec, None, **options)
+        torch.testing.assert_close(ours, reference.autoencode(x, W_enc, None, W_dec, None, **options)[0])
+
+
+def test_a_loss_on_the_code_alone_leaves_the_decoder_alone(route):
+    for options, bias in (({"k": 3}, 0.0), ({}, 0.0), ({}, -3.5)):
+        leaves = [t.requires_grad_() for t in parameters(bias=bias)]
+        _, code = kernels.autoencode(*leaves, **options)
+        code.values.sum().backward()
+        x, W_enc, b_enc, W_dec, b_dec = leaves
+        assert W_dec.grad is b_dec.grad is None
+        assert all(t.grad is not None and t.grad.any() for t in (x, W_enc, b_enc))
+
+
+def test_float64_inputs_pass_gradcheck(route):
+    torch.manual_seed(1)
+    leaves = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 4), (9, 4), (9,), (9, 4), (4,))]
+    for options in ({"k": 3}, {}, {"capacity": 9}):
+        assert torch.autograd.gradcheck(lambda *p, o=options: kernels.autoencode(*p, **o)[0], leaves)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: [a[0], a[1], a[2], a[3][1:], a[4]], "W_dec must have W_enc's shape"),
+        (lambda a: [a[0], a[1][:, 1:], a[2], a[3], a[4]], "W_enc must be a matrix"),
+        (lambda a: [a[0], a[1], a[2][1:], a[3], a[4]], "b_enc must have shape"),
+        (lambda a: [a[0], a[1], a[2], a[3], a[4][1:]], "b_dec must have shape"),
+    ],
+)
+def test_bad_shapes_are_refused_by_name(change: Callable[..., Any], message):
+    with pytest.raises(ValueError, match=message):
+        kernels.autoencode(*change(parameters()), k=3)
+    with pytest.raises(ValueError, match=r"k must lie in \[1, 640\]"):
+        kernels.autoencode(*parameters(), k=641)
+
+
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+def test_results_have_the_same_bits_for_one_and_two_threads(level):
+    from e2e_fast.kernels import _native
+
+    core = _native.native()
+    assert core is not None
+    try:
+        core.simd_force(level)
+    except ValueError as error:
+        pytest.skip(str(error))
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    x, W_enc, b_enc, W_dec, b_dec = (torch.randn(s) for s in ((150, 136), (3000, 136), (3000,), (3000, 136), (136,)))
+    unembed, teacher = torch.randn(3001, 136), torch.randn(150, 136)
+    try:
+        results = []
+        for n in (1, 2, 2):
+            torch.set_num_threads(n)
+            code = kernels.encode_topk(x, W_enc, b_enc, 9)
+            y = kernels.decode(code, W_dec, b_dec)
+            back = torch.ops.e2e_fast.code_backward(
+                code.values, code.indices, None, y, W_dec, x, W_enc, True, True, True, True
+            )
+            kl = torch.ops.e2e_fast.linear_kl(y, teacher, unembed, None, None, True)
+            results.append([*code, y, *back, *kl])
+    finally:
+        torch.set_num_threads(threads)
+        core.simd_force(core.simd_best())
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
