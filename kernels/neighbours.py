@@ -146,6 +146,13 @@ def sweep(
             row_cap, absolute, block_rows, _threads(threads),
         )  # fmt: skip
         return torch.from_numpy(pairs), torch.from_numpy(capped).bool()
+    if a.data.is_cuda:
+        from e2e_fast.kernels.triton import neighbours as gpu
+
+        tensors = (a.data, b.data, a.scale, b.scale, row_level, col_level, price)
+        pairs = gpu.sweep(*tensors, absolute, capacity=128 * a.data.shape[0])
+        # Nothing is cut, but rows over the cap are named as on the CPU.
+        return pairs, torch.bincount(pairs[:, 0], minlength=a.data.shape[0]) > row_cap
     return _sweep_torch(a, b, row_level, col_level, price, absolute, row_cap)
 
 

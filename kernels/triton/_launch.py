@@ -32,6 +32,11 @@ _CODE_BACKWARD = {
 }
 
 BLOCKS: dict[str, dict[tuple[str, str, str], dict[str, int]]] = {
+    "neighbours": {
+        ("sm_80", "any", "any"): {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 32, "num_warps": 4},
+        ("sm_90", "any", "any"): {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 64, "num_warps": 4},
+        ("interpreter", "any", "any"): {"BLOCK_N": 32, "BLOCK_M": 16, "BLOCK_D": 16},
+    },
     "kl_rows": {
         # Without fused multiply-adds both softmaxes are rounded alike, and equal inputs cancel to exactly 0.
         ("sm_80", "any", "any"): {"BLOCK": 4096, "num_warps": 8, "enable_fp_fusion": False},

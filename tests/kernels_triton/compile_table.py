@@ -92,6 +92,13 @@ def _adam(**changes: Any) -> dict[str, Any]:
     return arguments | dict.fromkeys(numbers, "fp32") | {"ACC": "fp32"} | changes
 
 
+def _sweep(matrix: str, **changes: Any) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"a_ptr": matrix, "b_ptr": matrix, "pairs_ptr": "*i32", "count_ptr": "*i64"}
+    vectors = ("a_scale_ptr", "b_scale_ptr", "row_level_ptr", "col_level_ptr")
+    arguments |= dict.fromkeys(vectors, "*fp32") | {"price_ptr": None, "ABSOLUTE": False}
+    return arguments | {"rows": "i32", "width": "i32:16", "cols": "i32", "capacity": "i32"} | changes
+
+
 def _in_float64(arguments: dict[str, Any]) -> dict[str, Any]:
     types = {"*fp32": "*fp64", "*bf16": "*fp64"}
     wide = {name: types.get(value, value) if isinstance(value, str) else value for name, value in arguments.items()}
@@ -103,6 +110,10 @@ HISTOGRAM = {"z_ptr": "*fp32", "bias_ptr": "*fp32", "prefix_ptr": "*i64", "histo
 HISTOGRAM |= {"F": "i32:16", "shift": "i32", "DIGIT_BITS": 8, "BINS": 256}
 
 CASES = [
+    Case("neighbours", "neighbours_kernel", "bf16", _sweep("*bf16"), "16", matrix_units=True),
+    Case("neighbours", "neighbours_kernel", "int8", _sweep("*i8"), matrix_units=True),
+    Case("neighbours", "neighbours_kernel", "f32", _sweep("*fp32"), "32"),
+    Case("neighbours", "neighbours_kernel", "bf16 prices", _sweep("*bf16", price_ptr="*fp32"), "16", matrix_units=True),
     Case("linear_kl", "kl_rows_kernel", "bf16", _kl()),
     Case("linear_kl", "kl_rows_kernel", "bf16 bias softcap", _kl(bias_ptr="*bf16", softcap="fp32")),
     Case("linear_kl", "kl_rows_kernel", "f32 loss only", _kl(tile_ptr=None)),
@@ -192,7 +203,7 @@ def _resources(cubin: bytes) -> dict[str, int]:
         "stack_bytes": int(found["STACK"]) + int(found["LOCAL"]),
         "spill_instructions": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         "wide_loads": len(re.findall(r"\bLDG\.E(?:\.\w+)*\.128\b", sass)),
-        "matrix_instructions": len(re.findall(r"\b(?:HGMMA|HMMA)\b", sass)),
+        "matrix_instructions": len(re.findall(r"\b(?:HGMMA|HMMA|IGMMA|IMMA)\b", sass)),
     }
 
 
