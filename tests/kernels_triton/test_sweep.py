@@ -1,4 +1,4 @@
-"""The Triton sweep lists the pairs that plain torch lists, whatever the precision, the sizes and the guessed capacity."""
+"""The Triton sweep lists what plain torch lists, whatever the precision, the sizes and the guessed capacity."""
 
 import pytest
 import torch
