@@ -1,7 +1,7 @@
 """The sweep of :mod:`e2e_fast.kernels.neighbours` on a GPU: one tile of products a program, thresholds in registers.
 
 A program multiplies BLOCK_N rows of a by BLOCK_M rows of b (int8 in int32, everything else in float32), compares,
-counts what passes, takes that many places with one atomic addition and stores the pairs there. The order of the pairs is
+counts what passes, takes that many places with one atomic addition and stores the pairs there. Their order is
 therefore arbitrary, their set is not. Nothing n×m is written.
 """
 
