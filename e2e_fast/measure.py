@@ -7,6 +7,7 @@ True
 """
 
 import contextlib
+import ctypes
 import resource
 import sys
 import time
@@ -39,6 +40,9 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self._start = torch.cuda.memory_allocated()
         else:
+            # Memory that was freed but is kept for reuse would hide what the work needs: give it back first (glibc).
+            with contextlib.suppress(OSError, AttributeError):
+                ctypes.CDLL(None).malloc_trim(0)
             with contextlib.suppress(OSError):
                 _CLEAR.write_text("5")  # VmHWM := VmRSS (Linux)
             self._start = _resident("VmRSS")
