@@ -51,6 +51,10 @@ class Quantized(NamedTuple):
     def precision(self) -> str:
         return str(self.data.dtype).removeprefix("torch.")
 
+    def to(self, device: torch.device) -> "Quantized":
+        """The same rows on another device."""
+        return Quantized(*(tensor.to(device) for tensor in self))
+
     def dequantize(self) -> Tensor:
         """The stored rows (N, D) as float32."""
         return self.data.float() * self.scale[:, None]
@@ -138,7 +142,7 @@ def sweep(
     threads: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`neighbours` in no particular order, and (n,) bool: rows that passed more than `row_cap` pairs and were cut."""
-    if _core(a.data):
+    if _core(a.data) and not _triton(a.data):
         everything = np.arange(max(a.data.shape[0], b.data.shape[0]), dtype=np.int32)
         pairs, capped = _C.sweep(
             as_core(a), as_core(b), everything[: a.data.shape[0]], everything[: b.data.shape[0]], row_level.numpy(),
@@ -146,7 +150,7 @@ def sweep(
             row_cap, absolute, block_rows, _threads(threads),
         )  # fmt: skip
         return torch.from_numpy(pairs), torch.from_numpy(capped).bool()
-    if a.data.is_cuda:
+    if _triton(a.data):
         from e2e_fast.kernels.triton import neighbours as gpu
 
         tensors = (a.data, b.data, a.scale, b.scale, row_level, col_level, price)
@@ -191,6 +195,10 @@ def fastest_precision(d: int) -> str:
 
 def _core(x: Tensor) -> bool:
     return _C is not None and x.device.type == "cpu"
+
+
+def _triton(x: Tensor) -> bool:
+    return x.is_cuda
 
 
 def _threads(threads: int | None) -> int:

@@ -143,6 +143,7 @@ def match_dictionaries(
     precision: str = "auto",
     block_rows: int = 0,
     threads: int | None = None,
+    device: torch.device | str | None = None,
     time_limit: float | None = None,
     seed: int = 0,
     on_progress: Callable[[Progress], None] | None = None,
@@ -157,6 +158,8 @@ def match_dictionaries(
     ``"keep"`` matches them at similarity 0. absolute: ignore signs. center: subtract each side's mean row first.
     candidates, precision (``"auto"``, ``"int8"``, ``"bfloat16"``, ``"float32"``), block_rows, threads and seed affect
     speed alone.
+    device: where the first sweep, over all pairs, runs; None: the GPU that A or B lies on, else the CPU. What follows
+    (a few per cent of the pairs, and the solver) runs on the CPU.
     time_limit: seconds after which no further sweep starts; the best matching so far is returned with its bound.
 
     Raises ValueError for NaN or infinite entries (with the rows), different d, empty or not two-dimensional input.
@@ -190,9 +193,16 @@ def match_dictionaries(
         candidates=candidates, seed=seed, time_limit=time_limit,
         began=began, began_cpu=began_cpu, on_progress=on_progress,
         precision=precision, absolute=absolute, block_rows=block_rows, threads=threads,
+        device=_device(A, B) if device is None else device,
     )  # fmt: skip
     found = search.run()
     return _in_given_order(found, flip, kept, (sides[0].shape[0], sides[1].shape[0], sides[0].shape[1]), search.stats)
+
+
+def _device(*sources: Any) -> torch.device:
+    """The GPU that one of the dictionaries lies on, else the CPU."""
+    tensors = (source if isinstance(source, Tensor) else getattr(source, "W_dec", None) for source in sources)
+    return next((t.device for t in tensors if isinstance(t, Tensor) and t.is_cuda), torch.device("cpu"))
 
 
 def core_precisions() -> tuple[str, ...]:

@@ -50,7 +50,7 @@ class Priced(NamedTuple):
 
 
 class Similarities:
-    """A (n, d) against B (m, d), float32 or float64 on the CPU."""
+    """A (n, d) against B (m, d), float32 or float64 on the CPU; ``device`` is where the sweep over all pairs runs."""
 
     def __init__(
         self,
@@ -62,7 +62,9 @@ class Similarities:
         block_rows: int = 0,
         threads: int | None = None,
         norms: tuple[Tensor, Tensor] | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
+        self.device = torch.device(device)
         self.shape = (A.shape[0], B.shape[0])
         self.absolute, self.block_rows = absolute, block_rows
         self.threads = torch.get_num_threads() if threads is None else threads
@@ -89,13 +91,14 @@ class Similarities:
 
         Each threshold is estimated on a sample of the other side: a guess that costs speed when it is off, never truth.
         """
-        row_level = self._levels(self.a, self.b, k, seed)
-        col_level = self._levels(self.b, self.a, k, seed + 1)
-        pairs, cut = nb.sweep(
-            self.a, self.b, row_level, col_level,
+        a, b = self.a.to(self.device), self.b.to(self.device)
+        row_level, col_level = self._levels(a, b, k, seed), self._levels(b, a, k, seed + 1)
+        found = nb.sweep(
+            a, b, row_level, col_level,
             absolute=self.absolute, row_cap=row_cap, block_rows=self.block_rows, threads=self.threads,
         )  # fmt: skip
-        return Candidates(pairs.numpy(), row_level.numpy(), col_level.numpy(), cut.numpy())
+        pairs, cut, row_level, col_level = (x.cpu().numpy() for x in (*found, row_level, col_level))
+        return Candidates(pairs, row_level, col_level, cut)
 
     def graph(self, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pairs (E, 2), repeats allowed, as compressed sparse rows with their similarities: start, col, value."""

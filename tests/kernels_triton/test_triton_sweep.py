@@ -4,6 +4,7 @@ import pytest
 import torch
 from triton_checks import DEVICE
 
+from e2e_fast.compare import match_dictionaries
 from e2e_fast.kernels import neighbours as nb
 from e2e_fast.kernels.triton.neighbours import sweep
 
@@ -36,3 +37,19 @@ def test_empty_sides_have_no_pairs():
     none, ones = torch.empty(0, device=DEVICE), torch.ones(3, device=DEVICE)
     assert sweep(empty, one, none, ones, none, None, None, False, 10).shape == (0, 2)
     assert sweep(one, empty, ones, none, ones, None, None, False, 10).shape == (0, 2)
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("precision", nb.PRECISIONS)
+def test_a_matching_whose_sweep_ran_in_triton_is_the_cpus(precision, absolute, generator, monkeypatch):
+    A, B = torch.randn(40, 24, generator=generator), torch.randn(53, 24, generator=generator)
+    options = {"precision": precision, "absolute": absolute, "candidates": 6}
+    expected = match_dictionaries(A, B, **options)
+    calls = []
+    monkeypatch.setattr(nb, "_triton", lambda x: calls.append(x.device) is None)
+    got = match_dictionaries(A, B, device=DEVICE, **options)
+    assert calls
+    assert got.certified
+    assert got.rows.tolist() == expected.rows.tolist()
+    assert got.cols.tolist() == expected.cols.tolist()
+    assert got.row_best.tolist() == expected.row_best.tolist()
