@@ -33,6 +33,7 @@ _HOME = {
     "E2ETrainer": "trainer",
     "E2EDownstreamTrainer": "trainer",
     "TrainingStopped": "trainer",
+    "TrainingTerminated": "trainer",
     "evaluate": "evaluation",
     "match_dictionaries": "compare",
     "Matching": "compare",
@@ -52,6 +53,7 @@ __all__ = [
     "SAETransformer",
     "Trainer",
     "TrainingStopped",
+    "TrainingTerminated",
     "__version__",
     "compare",
     "embedded",
@@ -79,6 +81,7 @@ if TYPE_CHECKING:
         Run,
         Trainer,
         TrainingStopped,
+        TrainingTerminated,
         train,
     )
 

@@ -157,10 +157,17 @@ def load_resume(path: Path, optimizer: torch.optim.Optimizer, names: list[str]) 
 
 
 def resumable(folder: Path) -> int | None:
-    """The largest N for which both weights and resume file are there; None when there is none."""
+    """The largest N for which both weights and resume file are there; None when there is none (or no such folder)."""
     counts = {int(m[1]) for p in folder.glob("resume_*.safetensors") if (m := re.fullmatch(r"resume_(\d+)", p.stem))}
     counts &= {int(m[1]) for p in folder.glob("samples_*.safetensors") if (m := WEIGHTS.fullmatch(p.name))}
     return max(counts, default=None)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes the files that `write_atomically` had not finished when the process was killed."""
+    for path in folder.glob(".*"):
+        if re.fullmatch(r"\.(samples_\d+|resume_\d+|final_config)\.\w+\.\w+", path.name):
+            path.unlink(missing_ok=True)
 
 
 def keep_last(folder: Path, pattern: str, n: int) -> None:

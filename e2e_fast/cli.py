@@ -21,12 +21,15 @@ EXIT_TERMINATED = 143
 
 
 def main() -> None:
-    """Entry point: input errors end with one clear line and exit code 2, a stopped training with 3."""
+    """Entry point: input errors end with one clear line and exit code 2, stopped training with 3, SIGTERM with 143."""
     from e2e_fast.config import ConfigError
-    from e2e_fast.trainer import TrainingStopped
+    from e2e_fast.trainer import TrainingStopped, TrainingTerminated
 
     try:
         app()
+    except TrainingTerminated as error:
+        print(f"e2e-fast: {error}", file=sys.stderr)
+        sys.exit(EXIT_TERMINATED)
     except TrainingStopped as error:
         print(f"e2e-fast: training stopped: {error}", file=sys.stderr)
         sys.exit(EXIT_STOPPED)

@@ -79,6 +79,8 @@ class Config(BaseModel):
     n_samples: PositiveInt | None = None
     """None: until the data ends."""
     save_every_n_samples: PositiveInt | None
+    keep_checkpoints: PositiveInt | None = None
+    """Weights of the last so many checkpoints stay. None: of all of them, as in e2e_sae. [ours]"""
     eval_every_n_samples: PositiveInt | None = None
     eval_n_samples: PositiveInt | None
     batch_size: PositiveInt
