@@ -16,7 +16,7 @@ a misspelt key is an error. Two deliberate differences: relative paths are relat
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -25,17 +25,19 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Tag,
     ValidationError,
     model_validator,
 )
 
 from e2e_fast.data import DatasetConfig
-from e2e_fast.losses import LossConfig, Positions
+from e2e_fast.losses import LossConfig, LossName, Positions
 
 Paths = Annotated[tuple[Path, ...] | None, BeforeValidator(lambda v: (v,) if isinstance(v, (str, Path)) else v)]
 
@@ -58,6 +60,28 @@ class SAEsConfig(BaseModel):
     retrain_saes: bool = False
     k: PositiveInt | None = None
     """TopK: features kept per token. None: ReLU, e2e_sae's activation. [ours]"""
+
+
+_NAME, _KEYS = "(a name)", "(its keys)"
+_Loss = Annotated[
+    Annotated[LossName, Tag(_NAME)] | Annotated[LossConfig, Tag(_KEYS)],
+    Discriminator(lambda value: _NAME if isinstance(value, str) else _KEYS),
+]
+
+
+class PhaseConfig(BaseModel):
+    """A stretch of training with a loss of its own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    until: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Where the phase ends, as a share of ``n_samples``. The last phase has none: it ends with the run."""
+    loss: _Loss
+    """A kind of loss, with the sparsity term (and the downstream positions) of the run's ``loss``; or its five keys."""
+    lr: PositiveFloat | None = None
+    """The phase's own learning rate, along the run's ``lr_schedule`` over this phase. None: the run's rate goes on."""
+    warmup_samples: NonNegativeInt = 0
+    """Of a phase with its own ``lr``."""
 
 
 class Config(BaseModel):
@@ -98,6 +122,10 @@ class Config(BaseModel):
     """0: never."""
     act_frequency_n_tokens: PositiveInt = 100_000
     loss: LossConfig
+    schedule: tuple[PhaseConfig, ...] | None = Field(default=None, min_length=1)
+    """Phases with losses of their own, one after the other: local, then a short fine-tune on the KL. [ours]"""
+    kl_positions: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of a batch's tokens, drawn anew each step, on which training estimates the KL (unbiased). [ours]"""
     train_data: DatasetConfig
     eval_data: DatasetConfig | None = None
     saes: SAEsConfig
@@ -129,12 +157,48 @@ class Config(BaseModel):
                 raise ValueError(f"lr_schedule 'cosine' needs cooldown_samples 0, got {self.cooldown_samples}")
         if self.eval_every_n_samples is not None and self.eval_data is None:
             raise ValueError("eval_every_n_samples needs eval_data, got None")
+        self._check_schedule(self.schedule or ())
         return self
+
+    def _check_schedule(self, phases: tuple[PhaseConfig, ...]) -> None:
+        if not phases:
+            return
+        if self.n_samples is None:
+            raise ValueError("schedule needs n_samples, got None")
+        if (last := phases[-1].until) is not None:
+            raise ValueError(f"schedule: the last phase ends with the run and has no until, got {last}")
+        ends = [phase.until for phase in phases[:-1]]
+        if None in ends:
+            raise ValueError(f"schedule: every phase but the last needs until, phase {ends.index(None) + 1} has none")
+        starts = self.phase_starts
+        if any(a >= b for a, b in zip(starts, [*starts[1:], self.n_optimizer_steps or 0], strict=True)):
+            raise ValueError(
+                f"schedule: until must grow by at least one optimizer step ({self.samples_per_step} of "
+                f"{self.n_samples} samples) from phase to phase, got {ends}"
+            )
+        for i, phase in enumerate(phases):
+            if phase.warmup_samples and phase.lr is None:
+                raise ValueError(f"schedule: warmup_samples needs lr, phase {i + 1} has none")
+
+    @property
+    def samples_per_step(self) -> int:
+        """Sequences of an optimizer step."""
+        return self.effective_batch_size or self.batch_size
+
+    @property
+    def n_optimizer_steps(self) -> int | None:
+        """Optimizer steps of the run; None where the data decides."""
+        return self.n_samples // self.samples_per_step if self.n_samples else None
+
+    @property
+    def phase_starts(self) -> list[int]:
+        """The optimizer step with which each phase begins; [0] without a schedule."""
+        return [0, *(round((phase.until or 1) * (self.n_optimizer_steps or 0)) for phase in (self.schedule or ())[:-1])]
 
     @property
     def n_gradient_accumulation_steps(self) -> int:
         """Micro-batches per optimizer step."""
-        return (self.effective_batch_size or self.batch_size) // self.batch_size
+        return self.samples_per_step // self.batch_size
 
     @property
     def model(self) -> str:
@@ -191,7 +255,7 @@ def load_config(source: "str | Path | Mapping[str, Any] | Config") -> Config:
 def _explain(name: str, error: ValidationError) -> str:
     lines = [f"{name} cannot be run:"]
     for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"]) or "(whole)"
+        key = ".".join(str(part) for part in problem["loc"] if part not in (_NAME, _KEYS)) or "(whole)"
         if problem["type"] == "missing":
             lines.append(f"  {key}: missing; it must be given")
         elif problem["type"] == "extra_forbidden":
@@ -206,8 +270,15 @@ def _explain(name: str, error: ValidationError) -> str:
 def _suggest(location: tuple[int | str, ...]) -> str:
     model: Any = Config
     for part in location[:-1]:
-        annotation = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        model = next((c for c in candidates if hasattr(c, "model_fields")), None)
+        if part in getattr(model, "model_fields", {}):
+            annotation = model.model_fields[part].annotation
+            model = next((c for c in _within(annotation) if hasattr(c, "model_fields")), None)
     near = difflib.get_close_matches(str(location[-1]), getattr(model, "model_fields", {}), n=1)
     return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _within(annotation: Any) -> Iterator[Any]:
+    """An annotation and all that it is made of."""
+    yield annotation
+    for part in getattr(annotation, "__args__", ()):
+        yield from _within(part)

@@ -492,9 +492,14 @@ class Spliced:
         """[B, T, V]."""
         return self._lm.unembed(self.final)
 
-    def kl(self) -> Tensor:
-        """KL(original ‖ spliced) over the vocabulary, nats, mean over all B·T tokens; never builds the logits."""
+    def kl(self, rows: Tensor | None = None) -> Tensor:
+        """KL(original ‖ spliced) over the vocabulary, nats, mean over all B·T tokens; never builds the logits.
+
+        ``rows`` [n], int64, are the flattened tokens to take the mean over; None takes all.
+        """
         student, teacher = self.final.flatten(0, 1), self._original.final.flatten(0, 1)
+        if rows is not None:
+            student, teacher = student[rows], teacher[rows]
         unembed = self._lm.unembed
         return kernels.linear_kl(student, teacher, unembed.weight, unembed.bias, softcap=unembed.softcap)
 

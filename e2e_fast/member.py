@@ -26,11 +26,11 @@ from e2e_fast.data import TokenBatches
 from e2e_fast.evaluation import evaluate_saes, evaluation_loss
 from e2e_fast.lm import LM, Original
 from e2e_fast.log import ConsoleLog, JsonlLog, Log, WandbLog, keep_rows
-from e2e_fast.losses import LossConfig
+from e2e_fast.losses import LossConfig, LossName
 from e2e_fast.measure import Timings
 from e2e_fast.metrics import ActFrequency, step_metrics
 from e2e_fast.sae import SAETransformer, load_e2e_sae, to_e2e_sae
-from e2e_fast.schedule import lr_factor
+from e2e_fast.schedule import Phase, learning_rate, phases
 from e2e_fast.step import StepResult, forward_step, training_step
 
 EVAL_SEED_OFFSET = 42
@@ -50,7 +50,7 @@ class Member:
         self,
         config: Config,
         lm: LM,
-        preset: Literal["local", "e2e", "e2e+downstream"] | None = None,
+        preset: LossName | None = None,
         init: Mapping[str, Tensor] | None = None,
         tokens: "Tensor | np.ndarray | None" = None,
     ) -> None:
@@ -61,7 +61,7 @@ class Member:
             lm, config.saes.sae_positions, config.saes.dict_size_to_input_ratio, k=config.saes.k
         )
         self.saes = self.model.by_position
-        self.loss = losses.with_full_names(self._preset_loss(preset, config.loss), lm.positions())
+        self.phases = phases(config, preset, list(self.saes), lm.positions())
         frozen = self._load_pretrained()
         if init is not None:
             load_e2e_sae(self.saes, init)
@@ -94,7 +94,7 @@ class Member:
         accumulation = config.n_gradient_accumulation_steps
         result = training_step(
             self.lm, self.saes, self.loss, tokens,
-            accumulation_steps=accumulation, timings=timings, original=original,
+            accumulation_steps=accumulation, timings=timings, original=original, kl_rows=self._kl_rows(tokens),
         )  # fmt: skip
         before, first = self.samples, self.micro_batches == 0
         self.samples += len(tokens)
@@ -131,9 +131,30 @@ class Member:
         return norm
 
     @property
+    def phase(self) -> Phase:
+        """The phase of the next optimizer step."""
+        return next(phase for phase in reversed(self.phases) if phase.first <= self.grad_updates)
+
+    @property
+    def loss(self) -> LossConfig:
+        """What the next optimizer step minimises."""
+        return self.phase.loss
+
+    @property
     def learning_rate(self) -> float:
         """Of the next optimizer step."""
-        return self.config.lr * lr_factor(self.config, self.grad_updates)
+        return learning_rate(self.config, self.phase, self.grad_updates)
+
+    def _kl_rows(self, tokens: Tensor) -> Tensor | None:
+        """The tokens of a micro-batch on which the KL is estimated: a draw that depends on seed and sample alone."""
+        share = self.config.kl_positions
+        if share == 1:
+            return None
+        n = tokens.numel()
+        rows = np.random.default_rng([self.config.seed, self.samples]).choice(
+            n, max(1, round(share * n)), replace=False
+        )
+        return torch.from_numpy(rows).to(tokens.device, non_blocking=True)
 
     def finish(self) -> None:
         """The last row: what is counted with the final weights."""
@@ -163,7 +184,7 @@ class Member:
         """Opens the logs; the run folder gets its configuration before anything else."""
         config = self.config
         if console:
-            self._logs.append(ConsoleLog(self.loss.kind))
+            self._logs.append(ConsoleLog(" → ".join(phase.loss.kind for phase in self.phases)))
         if self.folder is not None:
             if not (self.folder / "final_config.yaml").exists():
                 checkpoint.write_config(self.folder, config.model_dump(mode="json"))
@@ -304,21 +325,6 @@ class Member:
         self.history = keep_rows(folder / JsonlLog.NAME, 0)
 
     # ------------------------------------------------------------------ setting up
-
-    def _preset_loss(self, preset: str | None, loss: LossConfig) -> LossConfig:
-        sparsity = (loss.sparsity.coeff, loss.sparsity.p_norm)
-        if preset == "local":
-            return losses.local(*sparsity)
-        if preset == "e2e":
-            return losses.e2e(*sparsity)
-        if preset == "e2e+downstream":
-            first = self.lm.positions().index(next(iter(self.saes)))
-            later = [p for p in self.lm.positions()[first + 1 :] if p.endswith("hook_resid_pre")]
-            if not later:
-                raise ValueError("e2e+downstream needs a residual stream behind the SAE; there is none in this model")
-            positions = loss.downstream or tuple(later)
-            return losses.e2e_downstream(sparsity[0], positions, sparsity[1])
-        return loss
 
     def _load_pretrained(self) -> set[str]:
         """Loads ``pretrained_sae_paths``; returns the positions that stay frozen."""

@@ -54,15 +54,17 @@ def training_step(
     accumulation_steps: int = 1,
     timings: Timings | None = None,
     original: "Original | None" = None,
+    kl_rows: Tensor | None = None,
 ) -> StepResult:
     """Forward and backward of one micro-batch; gradients are added to the SAEs' ``.grad``.
 
     tokens [B, T]. ``loss`` names its downstream positions in full. The loss is divided by ``accumulation_steps``
     before the backward, so that the gradients of an optimizer step are those of its mean loss. ``timings`` receives the
-    seconds of each phase. ``original`` is the `original_pass` of these tokens where it is known already.
+    seconds of each phase. ``original`` is the `original_pass` of these tokens where it is known already. ``kl_rows``
+    [n] are the flattened tokens on which the KL is estimated; None takes all.
     """
     timings = timings or Timings(enabled=False)
-    result = forward_step(lm, saes, loss, tokens, timings, original)
+    result = forward_step(lm, saes, loss, tokens, timings, original, kl_rows)
     with timings.phase("backward"):
         (result.loss / accumulation_steps).backward()
     return result._replace(loss=result.loss.detach())
@@ -75,6 +77,7 @@ def forward_step(
     tokens: Tensor,
     timings: Timings | None = None,
     original: "Original | None" = None,
+    kl_rows: Tensor | None = None,
 ) -> StepResult:
     """The step without its backward; evaluation calls it under ``torch.no_grad``."""
     timings = timings or Timings(enabled=False)
@@ -98,7 +101,7 @@ def forward_step(
         with timings.phase("student"):
             spliced = original.splice({position: autoencode_at(position) for position in saes})
     with timings.phase("losses"):
-        total, terms = compute_loss(loss, acts, original, spliced)
+        total, terms = compute_loss(loss, acts, original, spliced, kl_rows)
     return StepResult(total, terms, acts, original, spliced)
 
 

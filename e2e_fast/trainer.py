@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from e2e_fast.config import Config, load_config
 from e2e_fast.data import TokenBatches
 from e2e_fast.evaluation import evaluate
 from e2e_fast.lm import load_lm
-from e2e_fast.losses import LossConfig
+from e2e_fast.losses import LossConfig, LossName
 from e2e_fast.measure import Timings
 from e2e_fast.member import EVAL_SEED_OFFSET, Member, TrainingStopped, crossed, first_samples, open_batches
 from e2e_fast.sae import SAE, SAETransformer
@@ -74,7 +74,7 @@ def train(
 class Trainer:
     """A run that can be looked into: ``Trainer(config).fit()`` is `train`."""
 
-    preset: ClassVar[Literal["local", "e2e", "e2e+downstream"] | None] = None
+    preset: ClassVar[LossName | None] = None
     """Which family of losses replaces the configuration's (its sparsity term stays); None leaves it."""
 
     def __init__(
@@ -183,7 +183,7 @@ class Trainer:
     def _save_due(self, before: int) -> bool:
         every = self.config.save_every_n_samples
         # A step may take several micro-batches: look back over all of them.
-        start = self.samples - (self.config.effective_batch_size or self.config.batch_size)
+        start = self.samples - self.config.samples_per_step
         return every is not None and crossed(min(before, start), self.samples, every)
 
     def _is_saved(self) -> bool:
@@ -217,7 +217,7 @@ class Trainer:
 
     @property
     def loss(self) -> LossConfig:
-        """What is minimised."""
+        """What is minimised at this point of the run."""
         return self._member.loss
 
     @property
