@@ -58,10 +58,11 @@ def train(
     """Train SAEs as a configuration says."""
     from e2e_fast.trainer import train as run_training
 
-    run = run_training(config, resume=resume, quiet=quiet)
-    _print_metrics(run.history[-2] if len(run.history) > 1 else run.history[-1])
-    if run.folder is not None:
-        print(f"saved in {run.folder}")
+    runs = run_training(config, resume=resume, quiet=quiet)
+    for run in runs if isinstance(runs, list) else [runs]:
+        _print_metrics(run.history[-2] if len(run.history) > 1 else run.history[-1])
+        if run.folder is not None:
+            print(f"saved in {run.folder}")
 
 
 @app.command("eval")

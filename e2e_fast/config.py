@@ -16,6 +16,7 @@ a misspelt key is an error. Two deliberate differences: relative paths are relat
 """
 
 import difflib
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -40,6 +41,10 @@ from e2e_fast.data import DatasetConfig
 from e2e_fast.losses import LossConfig, LossName, Positions
 
 Paths = Annotated[tuple[Path, ...] | None, BeforeValidator(lambda v: (v,) if isinstance(v, (str, Path)) else v)]
+
+
+EVAL_SEED_OFFSET = 42
+"""e2e_sae evaluates on data shuffled with the training seed plus this, unless ``eval_data.seed`` is set."""
 
 
 class ConfigError(ValueError):
@@ -84,6 +89,26 @@ class PhaseConfig(BaseModel):
     """Of a phase with its own ``lr``."""
 
 
+class SweepConfig(BaseModel):
+    """Values to train with side by side: one set of SAEs for each combination, all on the same batches."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sparsity_coeff: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)] | None = None
+    """For ``loss.sparsity.coeff``."""
+    seed: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] | None = None
+    """Of the first weights; the data keep the run's order."""
+    k: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
+    dict_size_to_input_ratio: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] | None = None
+    sae_positions: Annotated[tuple[Positions, ...], Field(min_length=1)] | None = None
+    """Each a position or a list of them."""
+
+    def combinations(self) -> list[dict[str, Any]]:
+        """Every combination of the values, the last key varying fastest."""
+        swept = {key: values for key, values in self if values is not None}
+        return [dict(zip(swept, chosen, strict=True)) for chosen in itertools.product(*swept.values())]
+
+
 class Config(BaseModel):
     """One training run. Sample counts are sequences, never tokens."""
 
@@ -126,6 +151,8 @@ class Config(BaseModel):
     """Phases with losses of their own, one after the other: local, then a short fine-tune on the KL. [ours]"""
     kl_positions: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of a batch's tokens, drawn anew each step, on which training estimates the KL (unbiased). [ours]"""
+    sweep: SweepConfig | None = None
+    """Several SAEs in one process, which share the language model's passes. [ours]"""
     train_data: DatasetConfig
     eval_data: DatasetConfig | None = None
     saes: SAEsConfig
@@ -158,7 +185,42 @@ class Config(BaseModel):
         if self.eval_every_n_samples is not None and self.eval_data is None:
             raise ValueError("eval_every_n_samples needs eval_data, got None")
         self._check_schedule(self.schedule or ())
+        self._check_sweep()
         return self
+
+    def _check_sweep(self) -> None:
+        if self.sweep is None:
+            return
+        chosen = self.sweep.combinations()
+        if chosen == [{}]:
+            raise ValueError("sweep needs at least one key with a list of values, got none")
+        if len({_label(values) for values in chosen}) < len(chosen):
+            raise ValueError(f"sweep: every value may stand once in its list, got {self.sweep.model_dump()}")
+        if self.sweep.sparsity_coeff and any(not isinstance(phase.loss, str) for phase in self.schedule or ()):
+            raise ValueError("sweep.sparsity_coeff needs the losses of the schedule to be names, got one with keys")
+
+    @property
+    def members(self) -> dict[str, "Config"]:
+        """The configuration of each set of SAEs, as it would be trained alone: one, under "", without a sweep."""
+        if self.sweep is None:
+            return {"": self}
+        return {_label(chosen): self._member(chosen) for chosen in self.sweep.combinations()}
+
+    def _member(self, chosen: Mapping[str, Any]) -> "Config":
+        settings = self.model_dump(exclude={"sweep"})
+        settings |= {"wandb_run_name": f"{self.run_name}_{_label(chosen)}", "wandb_run_name_prefix": ""}
+        # All members see the same data, in the order that the run's own seed gives.
+        for data, seed in (("train_data", self.seed), ("eval_data", self.seed + EVAL_SEED_OFFSET)):
+            if settings[data] is not None and settings[data]["seed"] is None:
+                settings[data]["seed"] = seed
+        for key, value in chosen.items():
+            if key == "seed":
+                settings["seed"] = value
+            elif key == "sparsity_coeff":
+                settings["loss"]["sparsity"]["coeff"] = value
+            else:
+                settings["saes"][key] = value
+        return load_config(settings)
 
     def _check_schedule(self, phases: tuple[PhaseConfig, ...]) -> None:
         if not phases:
@@ -210,6 +272,9 @@ class Config(BaseModel):
         """``wandb_run_name``, or e2e_sae's name made of the main settings."""
         if self.wandb_run_name:
             return self.wandb_run_name_prefix + self.wandb_run_name
+        if self.sweep is not None:
+            swept = [key for key, values in self.sweep if values is not None]
+            return f"{self.wandb_run_name_prefix}sweep_{'_'.join(swept)}"
         loss = self.loss
         parts = [f"seed-{self.seed}", f"lpcoeff-{loss.sparsity.coeff}"]
         if loss.out_to_in is not None and loss.out_to_in.coeff > 0:
@@ -250,6 +315,11 @@ def load_config(source: "str | Path | Mapping[str, Any] | Config") -> Config:
         return Config.model_validate(dict(source))
     except ValidationError as error:
         raise ConfigError(_explain(name, error)) from error
+
+
+def _label(chosen: Mapping[str, Any]) -> str:
+    """The name of a member of a sweep: ``sparsity_coeff-0.5_seed-1``."""
+    return "_".join(f"{key}-{'-'.join(v) if isinstance(v, tuple) else v}" for key, v in chosen.items())
 
 
 def _explain(name: str, error: ValidationError) -> str:

@@ -431,6 +431,14 @@ class Original(Mapping[str, Tensor]):
         """[B, T, V]."""
         return self.lm.unembed(self.final)
 
+    def restrict(self, at: Iterable[str], downstream: Iterable[str] = ()) -> "Original":
+        """The same pass as if it had been asked for these of its positions alone; nothing is copied."""
+        at, wanted = list(at), {*at, *downstream}
+        if missing := wanted - set(self._named):
+            raise KeyError(f"{min(missing)!r} was not asked for: there are {self._named}")
+        named = [position for position in self._named if position in wanted]
+        return Original(self.lm, self.tokens, at, named, self._seen, self._calls, self._final)
+
     def splice(self, x_hat: Replacement | Mapping[str, Replacement]) -> "Spliced":
         """The model from the first spliced position on, with a graph.
 

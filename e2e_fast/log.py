@@ -107,12 +107,13 @@ class ConsoleLog:
 
 
 class WandbLog:
-    """Rows to Weights & Biases, stepped by samples as e2e_sae does."""
+    """Rows to Weights & Biases, stepped by samples as e2e_sae does. ``alone``: no other run of the process is open."""
 
-    def __init__(self, project: str, name: str, settings: Mapping[str, Any]) -> None:
+    def __init__(self, project: str, name: str, settings: Mapping[str, Any], *, alone: bool = True) -> None:
         import wandb
 
-        self._run = wandb.init(project=project, name=name, config=dict(settings))
+        further: dict[str, Any] = {} if alone else {"reinit": "create_new"}
+        self._run = wandb.init(project=project, name=name, config=dict(settings), **further)
 
     def start(self, total_samples: int | None) -> None: ...
 

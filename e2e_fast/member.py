@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from e2e_fast import checkpoint, losses
-from e2e_fast.config import Config
+from e2e_fast.config import EVAL_SEED_OFFSET, Config
 from e2e_fast.data import TokenBatches
 from e2e_fast.evaluation import evaluate_saes, evaluation_loss
 from e2e_fast.lm import LM, Original
@@ -32,9 +32,6 @@ from e2e_fast.metrics import ActFrequency, step_metrics
 from e2e_fast.sae import SAETransformer, load_e2e_sae, to_e2e_sae
 from e2e_fast.schedule import Phase, learning_rate, phases
 from e2e_fast.step import StepResult, forward_step, training_step
-
-EVAL_SEED_OFFSET = 42
-"""e2e_sae evaluates on data shuffled with the training seed plus this, unless ``eval_data.seed`` is set."""
 
 COUNTERS = ("samples", "micro_batches", "grad_updates", "total_tokens")
 
@@ -180,7 +177,7 @@ class Member:
 
     # ------------------------------------------------------------------ logging and evaluation
 
-    def start(self, *, console: bool) -> None:
+    def start(self, *, console: bool, alone: bool) -> None:
         """Opens the logs; the run folder gets its configuration before anything else."""
         config = self.config
         if console:
@@ -190,7 +187,8 @@ class Member:
                 checkpoint.write_config(self.folder, config.model_dump(mode="json"))
             self._logs.append(JsonlLog(self.folder))
         if config.wandb_project is not None:
-            self._logs.append(WandbLog(config.wandb_project, config.run_name, config.model_dump(mode="json")))
+            log = WandbLog(config.wandb_project, config.run_name, config.model_dump(mode="json"), alone=alone)
+            self._logs.append(log)
         for log in self._logs:
             log.start(config.n_samples)
 
@@ -296,6 +294,7 @@ class Member:
     def load(self, folder: Path, samples: int) -> dict[str, int]:
         """Goes on from a checkpoint of ``folder``; returns the position in the data."""
         self.folder = folder
+        checkpoint.remove_after(folder, samples)
         weights = folder / f"samples_{samples}.safetensors"
         load_e2e_sae(self.saes, checkpoint.load_tensors(weights))
         extra, state = checkpoint.load_resume(
@@ -322,6 +321,7 @@ class Member:
     def start_over(self, folder: Path) -> None:
         """Takes a run folder whose run ended before its first checkpoint."""
         self.folder = folder
+        checkpoint.remove_after(folder, 0)
         self.history = keep_rows(folder / JsonlLog.NAME, 0)
 
     # ------------------------------------------------------------------ setting up

@@ -83,6 +83,8 @@ def forward_step(
     timings = timings or Timings(enabled=False)
     if original is None:
         original = original_pass(lm, [(saes, loss)], tokens, timings)
+    else:
+        original = original.restrict(saes, loss.downstream)
     acts: dict[str, SAEActs] = {}
 
     def autoencode_at(position: str) -> Callable[[Tensor], Tensor]:

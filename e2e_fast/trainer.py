@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from e2e_fast import checkpoint
-from e2e_fast.config import Config, load_config
+from e2e_fast.config import EVAL_SEED_OFFSET, Config, load_config
 from e2e_fast.data import TokenBatches
 from e2e_fast.evaluation import evaluate
 from e2e_fast.lm import load_lm
 from e2e_fast.losses import LossConfig, LossName
 from e2e_fast.measure import Timings
-from e2e_fast.member import EVAL_SEED_OFFSET, Member, TrainingStopped, crossed, first_samples, open_batches
+from e2e_fast.member import Member, TrainingStopped, crossed, first_samples, open_batches
 from e2e_fast.sae import SAE, SAETransformer
 from e2e_fast.step import original_pass
 
@@ -58,12 +58,13 @@ def train(
     *,
     resume: str | Path | None = None,
     quiet: bool = False,
-) -> Run:
+) -> Run | Any:
     """Trains SAEs as ``config`` says: a YAML file, a mapping or a Config.
 
     ``lm`` (anything `load_lm` takes), ``tokens`` [samples, T] (taken in order, no tokenizer needed) and ``init``
     (weights under e2e_sae's keys) replace what the configuration names. ``resume`` is a run folder to go on with: from
-    its last complete checkpoint, or from the start where the run ended before its first.
+    its last complete checkpoint, or from the start where the run ended before its first. Returns a Run; for a
+    configuration with a ``sweep`` a list of them, in the order of its combinations.
 
     Raises ConfigError, ValueError and FileNotFoundError before anything is trained; TrainingStopped when the loss is
     not finite; CheckpointError when a checkpoint cannot be written; TrainingTerminated after SIGTERM.
@@ -90,25 +91,33 @@ class Trainer:
         self.config = config = load_config(config)
         device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.lm = load_lm(config.model if lm is None else lm, processing=config.lm_processing, device=device)
-        self.members = [Member(config, self.lm, self.preset, init, tokens)]
+        self._names = list(config.members)
+        self.members = [Member(member, self.lm, self.preset, init, tokens) for member in config.members.values()]
+        """The sets of SAEs in training: one, or those of a sweep."""
         self.timings = Timings(device, enabled=torch.device(device).type == "cpu")
         """Seconds by phase of the training steps; on a GPU set ``timings.enabled`` (each phase then synchronises)."""
         self.batches = open_batches(config, self.lm, "train", tokens)
+        self.folder: Path | None = None
+        """The run folder; a sweep's holds one for each member. None when nothing is saved."""
         self._quiet = quiet
         self._terminate = False
         if resume is not None:
             self._resume(Path(resume))
         elif config.save_dir is not None:
             stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
-            self._member.folder = _fresh_folder(config.save_dir / f"{config.run_name}_{stamp}")
+            self.folder = _fresh_folder(config.save_dir / f"{config.run_name}_{stamp}")
+            for name, member in zip(self._names, self.members, strict=True):
+                member.folder = self.folder / name
 
     # ------------------------------------------------------------------ the loop
 
-    def fit(self) -> Run:
-        """Trains to the end and returns the run."""
+    def fit(self) -> Run | Any:
+        """Trains to the end and returns the run, or the list of a sweep's runs."""
         try:
+            if self.folder is not None and self.config.sweep is not None:
+                checkpoint.write_config(self.folder, self.config.model_dump(mode="json"))
             for i, member in enumerate(self.members):
-                member.start(console=not self._quiet and i == 0)
+                member.start(console=not self._quiet and i == 0, alone=len(self.members) == 1)
             with self._listening_for_sigterm():
                 for tokens in self._training_batches():
                     self._micro_batch(tokens)
@@ -120,7 +129,8 @@ class Trainer:
             self.batches.close()
             for member in self.members:
                 member.close()
-        return Run(self.model, self.history, self.folder)
+        runs = [Run(member.model, member.history, member.folder) for member in self.members]
+        return runs[0] if self.config.sweep is None else runs
 
     def _micro_batch(self, tokens: Tensor) -> None:
         """One original pass for all; each member's own part; then the checkpoint, when one is due."""
@@ -187,17 +197,20 @@ class Trainer:
         return every is not None and crossed(min(before, start), self.samples, every)
 
     def _is_saved(self) -> bool:
-        return self.folder is None or checkpoint.resumable(self.folder) == self.samples
+        folders = [member.folder for member in self.members if member.folder is not None]
+        return not folders or checkpoint.resumable(*folders) == self.samples
 
     def _resume(self, folder: Path) -> None:
         if not (folder / "final_config.yaml").is_file():
             raise FileNotFoundError(f"{folder} is no run folder to resume: it holds no final_config.yaml")
-        checkpoint.remove_unfinished(folder)
-        samples = checkpoint.resumable(folder)
-        if samples is None:
-            self._member.start_over(folder)
-        else:
-            self.batches.load_state_dict(self._member.load(folder, samples))
+        self.folder = folder
+        # A kill may have fallen between the checkpoints of two members: go back to the last that all have.
+        samples = checkpoint.resumable(*(folder / name for name in self._names))
+        for name, member in zip(self._names, self.members, strict=True):
+            if samples is None:
+                member.start_over(folder / name)
+            else:
+                self.batches.load_state_dict(member.load(folder / name, samples))
 
     # ------------------------------------------------------------------ the run, seen from its (first) member
 
@@ -224,11 +237,6 @@ class Trainer:
     def history(self) -> list[dict[str, float]]:
         """The rows logged so far."""
         return self._member.history
-
-    @property
-    def folder(self) -> Path | None:
-        """The run folder; None when nothing is saved."""
-        return self._member.folder
 
     @property
     def samples(self) -> int:
