@@ -56,9 +56,12 @@ def train(
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
 ) -> None:
     """Train SAEs as a configuration says."""
+    from e2e_fast.distributed import join
     from e2e_fast.trainer import train as run_training
 
     runs = run_training(config, resume=resume, quiet=quiet)
+    if not join().writes:
+        return
     for run in runs if isinstance(runs, list) else [runs]:
         _print_metrics(run.history[-2] if len(run.history) > 1 else run.history[-1])
         if run.folder is not None:

@@ -133,9 +133,9 @@ class Config(BaseModel):
     eval_every_n_samples: PositiveInt | None = None
     eval_n_samples: PositiveInt | None
     batch_size: PositiveInt
-    """Sequences of a forward pass."""
+    """Sequences of a forward pass, of each process under torchrun."""
     effective_batch_size: PositiveInt | None = None
-    """Sequences of an optimizer step; a multiple of ``batch_size``. None: ``batch_size``."""
+    """Sequences of an optimizer step, over all processes; a multiple of ``batch_size`` × processes. None: just that."""
     lr: PositiveFloat
     lr_schedule: Literal["linear", "cosine"] = "cosine"
     min_lr_factor: NonNegativeFloat = 0.1

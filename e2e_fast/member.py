@@ -23,6 +23,7 @@ from torch import Tensor
 from e2e_fast import checkpoint, losses
 from e2e_fast.config import EVAL_SEED_OFFSET, Config
 from e2e_fast.data import TokenBatches
+from e2e_fast.distributed import World
 from e2e_fast.evaluation import evaluate_saes, evaluation_loss
 from e2e_fast.lm import LM, Original
 from e2e_fast.log import ConsoleLog, JsonlLog, Log, WandbLog, keep_rows
@@ -50,9 +51,13 @@ class Member:
         preset: LossName | None = None,
         init: Mapping[str, Tensor] | None = None,
         tokens: "Tensor | np.ndarray | None" = None,
+        world: World | None = None,
     ) -> None:
         """``preset`` replaces the configuration's loss but for its sparsity; ``init`` and ``tokens`` are `train`'s."""
         self.config, self.lm = config, lm
+        self.world = world or World()
+        self.accumulation = config.samples_per_step // (config.batch_size * self.world.size)
+        """Micro-batches of this process in an optimizer step."""
         torch.manual_seed(config.seed)
         self.model = SAETransformer(
             lm, config.saes.sae_positions, config.saes.dict_size_to_input_ratio, k=config.saes.k
@@ -74,6 +79,7 @@ class Member:
             )
         for position in frozen:
             self.saes[position].requires_grad_(False)
+        self.world.same_weights(self.parameters.values())
         self.optimizer = torch.optim.Adam(self.parameters.values(), lr=config.lr, fused=True)
         self.history: list[dict[str, float]] = []
         self.samples = self.micro_batches = self.grad_updates = self.total_tokens = 0
@@ -88,14 +94,13 @@ class Member:
     def micro_batch(self, tokens: Tensor, original: Original, timings: Timings) -> None:
         """One micro-batch and, when it completes an optimizer step, the update; then whatever is to be logged."""
         config = self.config
-        accumulation = config.n_gradient_accumulation_steps
         result = training_step(
             self.lm, self.saes, self.loss, tokens,
-            accumulation_steps=accumulation, timings=timings, original=original, kl_rows=self._kl_rows(tokens),
+            accumulation_steps=self.accumulation, timings=timings, original=original, kl_rows=self._kl_rows(tokens),
         )  # fmt: skip
         before, first = self.samples, self.micro_batches == 0
-        self.samples += len(tokens)
-        self.total_tokens += tokens.numel()
+        self.samples += len(tokens) * self.world.size
+        self.total_tokens += tokens.numel() * self.world.size
         self.micro_batches += 1
         self._require_finite(result)
         self._count_activations(result, before)
@@ -108,17 +113,18 @@ class Member:
         if due or evaluate:
             self._log(result, tokens, grad_norm, evaluate)
         for log in self._logs:
-            log.advance(len(tokens))
+            log.advance(len(tokens) * self.world.size)
 
     @property
     def updated(self) -> bool:
         """Whether the last micro-batch completed an optimizer step."""
-        return self.micro_batches % self.config.n_gradient_accumulation_steps == 0
+        return self.micro_batches % self.accumulation == 0
 
     def _update(self, timings: Timings) -> Tensor | None:
-        """Clips, steps Adam, moves the learning rate on; returns the norm of the gradients before clipping."""
+        """Averages over processes, clips, steps Adam; returns the norm of the gradients before clipping."""
         norm = None
         with timings.phase("optimizer"):
+            self.world.average_gradients(self.parameters.values())
             if self.config.max_grad_norm is not None:
                 norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
             self.optimizer.param_groups[0]["lr"] = self.learning_rate
@@ -148,9 +154,8 @@ class Member:
         if share == 1:
             return None
         n = tokens.numel()
-        rows = np.random.default_rng([self.config.seed, self.samples]).choice(
-            n, max(1, round(share * n)), replace=False
-        )
+        draw = np.random.default_rng([self.config.seed, self.samples + self.world.rank * len(tokens)])
+        rows = draw.choice(n, max(1, round(share * n)), replace=False)
         return torch.from_numpy(rows).to(tokens.device, non_blocking=True)
 
     def finish(self) -> None:
@@ -180,6 +185,8 @@ class Member:
     def start(self, *, console: bool, alone: bool) -> None:
         """Opens the logs; the run folder gets its configuration before anything else."""
         config = self.config
+        if not self.world.writes:
+            return
         if console:
             self._logs.append(ConsoleLog(" → ".join(phase.loss.kind for phase in self.phases)))
         if self.folder is not None:
@@ -205,7 +212,7 @@ class Member:
 
     def _log(self, result: StepResult, tokens: Tensor, grad_norm: Tensor | None, evaluate: bool) -> None:
         metrics: dict[str, Any] = {
-            "loss": result.loss / self.config.n_gradient_accumulation_steps,
+            "loss": result.loss / self.accumulation,
             "grad_updates": self.grad_updates,
             "total_tokens": self.total_tokens,
             "lr": self.learning_rate,
@@ -214,17 +221,19 @@ class Member:
         if grad_norm is not None:
             metrics["grad_norm"] = grad_norm
         if self.frequency is not None and self.frequency.full:
+            self.frequency.counts = self.world.sum(self.frequency.counts)
             metrics.update(self.frequency.metrics())
             self.frequency = None
         if evaluate:
             metrics.update(self.evaluate())
         row = {"samples": float(self.samples)} | {key: float(value) for key, value in metrics.items()}
+        row = self.world.mean(row)
         if not math.isfinite(row["loss"]):
             self._stop_not_finite(row["loss"])
         self._write(row)
 
     def evaluate(self) -> dict[str, float]:
-        """`e2e_fast.evaluate` of the current weights on ``eval_data``."""
+        """`e2e_fast.evaluate` of the current weights on ``eval_data``: on all of it, in every process."""
         loss = evaluation_loss(self.loss, self.lm, list(self.saes))
         with open_batches(self.config, self.lm, "eval") as batches:
             return evaluate_saes(self.lm, self.saes, loss, first_samples(batches, self.config.eval_n_samples))
@@ -232,7 +241,7 @@ class Member:
     def _count_activations(self, result: StepResult, before: int) -> None:
         every = self.config.collect_act_frequency_every_n_samples
         if every and (before == 0 or crossed(before, self.samples, every)):
-            self.frequency = ActFrequency(self.config.act_frequency_n_tokens)
+            self.frequency = self._new_frequency()
         if self.frequency is not None and not self.frequency.full:
             self.frequency.update(result.acts)
 
@@ -241,50 +250,60 @@ class Member:
         """Alive features counted with the final weights, on training data from the start."""
         if not self.config.collect_act_frequency_every_n_samples:
             return {}
-        frequency = ActFrequency(self.config.act_frequency_n_tokens)
+        frequency = self._new_frequency()
         # With one SAE what it sees does not depend on the SAE, so the suffix need not run.
         loss = losses.local(0.0) if len(self.saes) == 1 else self.loss
-        with open_batches(self.config, self.lm, "train", self._tokens) as batches:
+        with open_batches(self.config, self.lm, "train", self._tokens, self.world) as batches:
             for tokens in batches:
                 frequency.update(forward_step(self.lm, self.saes, loss, tokens.to(self.lm.device)).acts)
                 if frequency.full:
                     break
+        frequency.counts = self.world.sum(frequency.counts)
         return frequency.metrics("_final")
+
+    def _new_frequency(self) -> ActFrequency:
+        """For this process's part of the window."""
+        return ActFrequency(math.ceil(self.config.act_frequency_n_tokens / self.world.size))
 
     # ------------------------------------------------------------------ checkpoints
 
     def save(self, data: Mapping[str, int]) -> Path | None:
         """Writes weights, then resume state (``data`` is the position in it); returns the weight file.
 
-        A checkpoint counts from the moment that both files are there. Older ones stay: see `prune`.
+        To be called by all processes, of which the first writes; any number of them can resume it. A checkpoint counts
+        from the moment that both files are there. Older ones stay: see `prune`.
         """
         if self.folder is None:
             return None
         state = to_e2e_sae(self.saes)
         if not all(bool(torch.isfinite(value).all()) for value in state.values()):
             self._stop_not_finite(math.nan)
-        path = checkpoint.save_tensors(self.folder / f"samples_{self.samples}.safetensors", state)
+        path = self.last_checkpoint = self.folder / f"samples_{self.samples}.safetensors"
+        counts = self.world.sum(self.frequency.counts) if self.frequency is not None else {}
+        if not self.world.writes:
+            return path
+        checkpoint.save_tensors(path, state)
         counters = {name: getattr(self, name) for name in COUNTERS}
         extra = {"rng": torch.get_rng_state()}
         if self.frequency is not None:
-            counters["frequency_tokens"] = self.frequency.tokens
-            extra.update({f"frequency.{p}": c for p, c in self.frequency.counts.items()})
+            counters["frequency_tokens"] = self.frequency.tokens * self.world.size
+            extra.update({f"frequency.{p}": c for p, c in counts.items()})
         rows = self.folder / JsonlLog.NAME
         checkpoint.save_resume(
             self.folder, self.samples, self.optimizer, list(self.parameters), extra,
             {
                 "counters": counters,
+                "samples_per_step": self.config.samples_per_step,
                 "data": dict(data),
                 "density": {position: sae.density.sparse for position, sae in self.saes.items()},
                 "metrics_bytes": rows.stat().st_size if rows.exists() else 0,
             },
         )  # fmt: skip
-        self.last_checkpoint = path
         return path
 
     def prune(self) -> None:
         """Removes old checkpoints: resume files but for the last two, weights as ``keep_checkpoints`` says."""
-        if self.folder is None:
+        if self.folder is None or not self.world.writes:
             return
         keep = self.config.keep_checkpoints
         checkpoint.keep_last(self.folder, "resume", 2 if keep is None else min(keep, 2))
@@ -294,35 +313,46 @@ class Member:
     def load(self, folder: Path, samples: int) -> dict[str, int]:
         """Goes on from a checkpoint of ``folder``; returns the position in the data."""
         self.folder = folder
-        checkpoint.remove_after(folder, samples)
+        if self.world.writes:
+            checkpoint.remove_after(folder, samples)
         weights = folder / f"samples_{samples}.safetensors"
         load_e2e_sae(self.saes, checkpoint.load_tensors(weights))
         extra, state = checkpoint.load_resume(
             folder / f"resume_{samples}.safetensors", self.optimizer, list(self.parameters)
         )
+        if state["samples_per_step"] != self.config.samples_per_step:
+            raise ValueError(
+                f"{folder} was trained with {state['samples_per_step']} sequences an optimizer step, this run takes "
+                f"{self.config.samples_per_step}: set effective_batch_size to {state['samples_per_step']}"
+            )
         counters = dict(state["counters"])
         if (tokens := counters.pop("frequency_tokens", None)) is not None:
-            self.frequency = ActFrequency(self.config.act_frequency_n_tokens)
-            self.frequency.tokens = tokens
+            self.frequency = self._new_frequency()
+            self.frequency.tokens = tokens // self.world.size
+            # The counts so far are those of all processes: the first goes on from them, the others from zero.
             self.frequency.counts = {
-                key.removeprefix("frequency."): value.to(self.lm.device)
+                key.removeprefix("frequency."): (value if self.world.writes else value * 0).to(self.lm.device)
                 for key, value in extra.items()
                 if key.startswith("frequency.")
             }
         for name, value in counters.items():
             setattr(self, name, value)
+        self.micro_batches = self.grad_updates * self.accumulation
         for position, sparse in state["density"].items():
             self.saes[position].density.sparse = sparse
         torch.set_rng_state(extra["rng"])
-        self.history = keep_rows(folder / JsonlLog.NAME, state["metrics_bytes"])
+        if self.world.writes:
+            self.history = keep_rows(folder / JsonlLog.NAME, state["metrics_bytes"])
+        self.history = self.world.share(self.history)
         self.last_checkpoint = weights
         return state["data"]
 
     def start_over(self, folder: Path) -> None:
         """Takes a run folder whose run ended before its first checkpoint."""
         self.folder = folder
-        checkpoint.remove_after(folder, 0)
-        self.history = keep_rows(folder / JsonlLog.NAME, 0)
+        if self.world.writes:
+            checkpoint.remove_after(folder, 0)
+            keep_rows(folder / JsonlLog.NAME, 0)
 
     # ------------------------------------------------------------------ setting up
 
@@ -335,9 +365,14 @@ class Member:
 
 
 def open_batches(
-    config: Config, lm: LM, split: Literal["train", "eval"], tokens: "Tensor | np.ndarray | None" = None
+    config: Config,
+    lm: LM,
+    split: Literal["train", "eval"],
+    tokens: "Tensor | np.ndarray | None" = None,
+    world: World | None = None,
 ) -> TokenBatches:
-    """The configuration's token batches of a split, or those of an array in their place."""
+    """The configuration's token batches of a split, or those of an array in their place: a process's part of them."""
+    world = world or World()
     data = config.train_data if split == "train" else config.eval_data
     if data is None:
         raise ValueError("evaluation needs eval_data, got None")
@@ -354,6 +389,8 @@ def open_batches(
         repeat=split == "train" and tokens is None and config.n_samples is not None,
         tokenizer=None if tokens is not None else lm.tokenizer,
         vocab_size=lm.d_vocab,
+        rank=world.rank,
+        world_size=world.size,
     )
 
 

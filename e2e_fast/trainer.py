@@ -26,6 +26,7 @@ from torch import Tensor
 from e2e_fast import checkpoint
 from e2e_fast.config import EVAL_SEED_OFFSET, Config, load_config
 from e2e_fast.data import TokenBatches
+from e2e_fast.distributed import World, join
 from e2e_fast.evaluation import evaluate
 from e2e_fast.lm import load_lm
 from e2e_fast.losses import LossConfig, LossName
@@ -88,15 +89,18 @@ class Trainer:
         resume: str | Path | None = None,
         quiet: bool = False,
     ) -> None:
-        self.config = config = load_config(config)
-        device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.world = join()
+        self.config = config = _for_world(load_config(config), self.world)
+        device = self.world.device(config.device)
         self.lm = load_lm(config.model if lm is None else lm, processing=config.lm_processing, device=device)
         self._names = list(config.members)
-        self.members = [Member(member, self.lm, self.preset, init, tokens) for member in config.members.values()]
+        self.members = [
+            Member(member, self.lm, self.preset, init, tokens, self.world) for member in config.members.values()
+        ]
         """The sets of SAEs in training: one, or those of a sweep."""
         self.timings = Timings(device, enabled=torch.device(device).type == "cpu")
         """Seconds by phase of the training steps; on a GPU set ``timings.enabled`` (each phase then synchronises)."""
-        self.batches = open_batches(config, self.lm, "train", tokens)
+        self.batches = open_batches(config, self.lm, "train", tokens, self.world)
         self.folder: Path | None = None
         """The run folder; a sweep's holds one for each member. None when nothing is saved."""
         self._quiet = quiet
@@ -105,23 +109,23 @@ class Trainer:
             self._resume(Path(resume))
         elif config.save_dir is not None:
             stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
-            self.folder = _fresh_folder(config.save_dir / f"{config.run_name}_{stamp}")
+            self.folder = folder = self.world.share(_fresh_folder(config.save_dir / f"{config.run_name}_{stamp}"))
             for name, member in zip(self._names, self.members, strict=True):
-                member.folder = self.folder / name
+                member.folder = folder / name
 
     # ------------------------------------------------------------------ the loop
 
     def fit(self) -> Run | Any:
         """Trains to the end and returns the run, or the list of a sweep's runs."""
         try:
-            if self.folder is not None and self.config.sweep is not None:
+            if self.folder is not None and self.config.sweep is not None and self.world.writes:
                 checkpoint.write_config(self.folder, self.config.model_dump(mode="json"))
             for i, member in enumerate(self.members):
                 member.start(console=not self._quiet and i == 0, alone=len(self.members) == 1)
             with self._listening_for_sigterm():
                 for tokens in self._training_batches():
                     self._micro_batch(tokens)
-            if not self._is_saved():
+            if not self.world.share(self._is_saved()):
                 self.save()
             for member in self.members:
                 member.finish()
@@ -139,9 +143,12 @@ class Trainer:
         original = original_pass(self.lm, wanted, tokens, self.timings)
         for member in self.members:
             member.micro_batch(tokens, original, self.timings)
-        if self._member.updated and (self._terminate or self._save_due(before)):
+        if not self._member.updated:
+            return
+        terminate = self.world.any(self._terminate)
+        if terminate or self._save_due(before):
             self.save()
-        if self._member.updated and self._terminate:
+        if terminate:
             kept = f"go on with --resume {self.folder}" if self.folder else "save_dir is null, so nothing was kept"
             raise TrainingTerminated(f"SIGTERM at sample {self.samples}: {kept}")
 
@@ -201,11 +208,11 @@ class Trainer:
         return not folders or checkpoint.resumable(*folders) == self.samples
 
     def _resume(self, folder: Path) -> None:
-        if not (folder / "final_config.yaml").is_file():
+        if not self.world.share((folder / "final_config.yaml").is_file()):
             raise FileNotFoundError(f"{folder} is no run folder to resume: it holds no final_config.yaml")
         self.folder = folder
         # A kill may have fallen between the checkpoints of two members: go back to the last that all have.
-        samples = checkpoint.resumable(*(folder / name for name in self._names))
+        samples = self.world.share(checkpoint.resumable(*(folder / name for name in self._names)))
         for name, member in zip(self._names, self.members, strict=True):
             if samples is None:
                 member.start_over(folder / name)
@@ -277,6 +284,20 @@ class E2EDownstreamTrainer(Trainer):
     """Trains with KL, the MSE of later residual streams (the configured ones, or all) and sparsity."""
 
     preset = "e2e+downstream"
+
+
+def _for_world(config: Config, world: World) -> Config:
+    """The configuration with its optimizer step in global sequences, checked against the number of processes."""
+    if world.size == 1:
+        return config
+    batch = config.batch_size * world.size
+    config = config if config.effective_batch_size else config.replace(effective_batch_size=batch)
+    for key, value in (("effective_batch_size", config.effective_batch_size), ("n_samples", config.n_samples)):
+        if value is not None and value % batch:
+            raise ValueError(
+                f"{key} must be a multiple of batch_size × processes ({config.batch_size} × {world.size}), got {value}"
+            )
+    return config
 
 
 def _fresh_folder(path: Path) -> Path:
