@@ -39,6 +39,7 @@ from pydantic import (
 
 from e2e_fast.data import DatasetConfig
 from e2e_fast.losses import LossConfig, LossName, Positions
+from e2e_fast.precision import Precision
 
 Paths = Annotated[tuple[Path, ...] | None, BeforeValidator(lambda v: (v,) if isinstance(v, (str, Path)) else v)]
 
@@ -158,6 +159,8 @@ class Config(BaseModel):
     saes: SAEsConfig
     lm_processing: Literal["transformer_lens", "none"] = "transformer_lens"
     """Centred writing weights, as every published e2e SAE was trained on, or the raw model. [ours]"""
+    precision: Precision | None = None
+    """Arithmetic of the matrix products. None: bf16 on CUDA, else fp32. [ours]"""
     device: str | None = None
     """None: CUDA where there is one, else CPU. [ours]"""
 

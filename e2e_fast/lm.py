@@ -48,6 +48,7 @@ from torch.utils._pytree import tree_leaves
 
 from e2e_fast import embedded, kernels
 from e2e_fast.lm_architectures import Tap, centre_unembedding, centre_writers, take_apart
+from e2e_fast.precision import as_given, lowered
 
 Replacement = Tensor | Callable[[Tensor], Tensor]
 """What a splice puts in an activation's place: a tensor, or a function of the activation that arrives there."""
@@ -509,7 +510,9 @@ class Spliced:
         if rows is not None:
             student, teacher = student[rows], teacher[rows]
         unembed = self._lm.unembed
-        return kernels.linear_kl(student, teacher, unembed.weight, unembed.bias, softcap=unembed.softcap)
+        student, teacher, weight = lowered(student, teacher, unembed.weight)
+        with as_given(student.device):
+            return kernels.linear_kl(student, teacher, weight, unembed.bias, softcap=unembed.softcap)
 
     def mse(self, position: str) -> Tensor:
         """Mean squared difference between what arrives at a position and the original, over tokens and channels."""

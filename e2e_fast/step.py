@@ -25,6 +25,7 @@ from torch import Tensor
 
 from e2e_fast.losses import LossConfig, compute_loss
 from e2e_fast.measure import Timings
+from e2e_fast.precision import as_given
 
 if TYPE_CHECKING:
     from e2e_fast.lm import LM, Original, Spliced
@@ -65,7 +66,7 @@ def training_step(
     """
     timings = timings or Timings(enabled=False)
     result = forward_step(lm, saes, loss, tokens, timings, original, kl_rows)
-    with timings.phase("backward"):
+    with timings.phase("backward"), as_given(lm.device):
         (result.loss / accumulation_steps).backward()
     return result._replace(loss=result.loss.detach())
 

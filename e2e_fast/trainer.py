@@ -32,6 +32,7 @@ from e2e_fast.lm import load_lm
 from e2e_fast.losses import LossConfig, LossName
 from e2e_fast.measure import Timings
 from e2e_fast.member import Member, TrainingStopped, crossed, first_samples, open_batches
+from e2e_fast.precision import Precision, arithmetic, resolve
 from e2e_fast.sae import SAE, SAETransformer
 from e2e_fast.step import original_pass
 
@@ -92,6 +93,7 @@ class Trainer:
         self.world = join()
         self.config = config = _for_world(load_config(config), self.world)
         device = self.world.device(config.device)
+        self.precision: Precision = resolve(config.precision, device)
         self.lm = load_lm(config.model if lm is None else lm, processing=config.lm_processing, device=device)
         self._names = list(config.members)
         self.members = [
@@ -122,13 +124,14 @@ class Trainer:
                 checkpoint.write_config(self.folder, self.config.model_dump(mode="json"))
             for i, member in enumerate(self.members):
                 member.start(console=not self._quiet and i == 0, alone=len(self.members) == 1)
-            with self._listening_for_sigterm():
-                for tokens in self._training_batches():
-                    self._micro_batch(tokens)
-            if not self.world.share(self._is_saved()):
-                self.save()
-            for member in self.members:
-                member.finish()
+            with arithmetic(self.precision, self.lm.device):
+                with self._listening_for_sigterm():
+                    for tokens in self._training_batches():
+                        self._micro_batch(tokens)
+                if not self.world.share(self._is_saved()):
+                    self.save()
+                for member in self.members:
+                    member.finish()
         finally:
             self.batches.close()
             for member in self.members:

@@ -77,7 +77,7 @@ def test_a_folder_of_e2e_sae_gets_its_own_kind_of_weights_back(
 ) -> None:
     assert source.folder is not None
     settings = yaml.safe_load((source.folder / "final_config.yaml").read_text())
-    for ours in ("schedule", "kl_positions", "keep_checkpoints", "lm_processing", "device"):
+    for ours in ("schedule", "kl_positions", "keep_checkpoints", "lm_processing", "precision", "sweep", "device"):
         del settings[ours]
     del settings["saes"]["k"], settings["loss"]["balanced"]
     theirs = tmp_path / "theirs"
