@@ -119,6 +119,32 @@ def test_two_processes_train_as_one_and_checkpoints_go_between_them(work: Path, 
         torch.testing.assert_close(tensor, got[key], rtol=1e-3, atol=1e-5, msg=key)
 
 
+def test_sigterm_to_one_process_ends_all_with_a_checkpoint(work: Path, tmp_path: Path) -> None:
+    driver = tmp_path / "driver.py"
+    driver.write_text(
+        "import os, signal\n"
+        "from e2e_fast import cli\n"
+        "from e2e_fast.member import Member\n"
+        "micro_batch = Member.micro_batch\n"
+        "def signalling(self, *args):\n"
+        "    if os.environ['RANK'] == '1' and self.samples == 16:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    micro_batch(self, *args)\n"
+        "Member.micro_batch = signalling\n"
+        "cli.main()\n"
+    )
+    config = settings(work, tmp_path / "out", save_every_n_samples=None)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, str(driver), "train", str(config), "--quiet"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(e2e_fast.__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode != 0
+    folder = only(tmp_path / "out")
+    assert f"SIGTERM at sample 24: go on with --resume {folder}" in done.stderr
+    assert "exitcode  : 143" in done.stderr
+    assert checkpoint.resumable(folder) == 24
+
+
 def test_another_optimizer_step_is_not_resumed(work: Path, tmp_path: Path) -> None:
     run = e2e_fast.train(settings(work, tmp_path / "out", n_samples=16), quiet=True)
     assert run.folder is not None
