@@ -2,6 +2,7 @@
 
     model = e2e_fast.SAETransformer(lm, ["blocks.6.hook_resid_pre"], dict_size_to_input_ratio=60)
     run = e2e_fast.train("config.yaml")                    local, e2e and e2e+downstream SAEs
+    run = e2e_fast.finetune("out/my_local_run", samples)   a short fine-tune on the KL
     metrics = e2e_fast.evaluate(run.model, tokens)
     lm = e2e_fast.load_lm("gpt2")                          a frozen model cut at any TransformerLens position
     m = e2e_fast.match_dictionaries(A, B)                  exact one-to-one matching, with its proof
@@ -33,7 +34,9 @@ _HOME = {
     "E2ETrainer": "trainer",
     "E2EDownstreamTrainer": "trainer",
     "TrainingStopped": "trainer",
+    "TrainingTerminated": "trainer",
     "evaluate": "evaluation",
+    "finetune": "finetuning",
     "match_dictionaries": "compare",
     "Matching": "compare",
 }
@@ -52,10 +55,12 @@ __all__ = [
     "SAETransformer",
     "Trainer",
     "TrainingStopped",
+    "TrainingTerminated",
     "__version__",
     "compare",
     "embedded",
     "evaluate",
+    "finetune",
     "kernels",
     "load_config",
     "load_lm",
@@ -69,6 +74,7 @@ if TYPE_CHECKING:
     from e2e_fast.compare import Matching, match_dictionaries
     from e2e_fast.config import Config, ConfigError, load_config
     from e2e_fast.evaluation import evaluate
+    from e2e_fast.finetuning import finetune
     from e2e_fast.lm import load_lm
     from e2e_fast.losses import LossConfig
     from e2e_fast.sae import SAE, SAETransformer
@@ -79,6 +85,7 @@ if TYPE_CHECKING:
         Run,
         Trainer,
         TrainingStopped,
+        TrainingTerminated,
         train,
     )
 

@@ -156,11 +156,24 @@ def load_resume(path: Path, optimizer: torch.optim.Optimizer, names: list[str]) 
     return {k.removeprefix("extra."): v for k, v in tensors.items() if k.startswith("extra.")}, load_metadata(path)
 
 
-def resumable(folder: Path) -> int | None:
-    """The largest N for which both weights and resume file are there; None when there is none."""
+def resumable(*folders: Path) -> int | None:
+    """The largest N for which both weights and resume file are there, in every folder; None when there is none."""
+    return max(set.intersection(*map(_complete, folders)), default=None)
+
+
+def _complete(folder: Path) -> set[int]:
     counts = {int(m[1]) for p in folder.glob("resume_*.safetensors") if (m := re.fullmatch(r"resume_(\d+)", p.stem))}
-    counts &= {int(m[1]) for p in folder.glob("samples_*.safetensors") if (m := WEIGHTS.fullmatch(p.name))}
-    return max(counts, default=None)
+    return counts & {int(m[1]) for p in folder.glob("samples_*.safetensors") if (m := WEIGHTS.fullmatch(p.name))}
+
+
+def remove_after(folder: Path, samples: int) -> None:
+    """Removes what a killed process left beyond the checkpoint of ``samples``: later files, and unfinished ones."""
+    for path in folder.glob(".*"):
+        if re.fullmatch(r"\.(samples_\d+|resume_\d+|final_config)\.\w+\.\w+", path.name):
+            path.unlink(missing_ok=True)
+    for path in [*folder.glob("samples_*.safetensors"), *folder.glob("resume_*.safetensors")]:
+        if int(path.stem.rsplit("_", 1)[1]) > samples:
+            path.unlink()
 
 
 def keep_last(folder: Path, pattern: str, n: int) -> None:

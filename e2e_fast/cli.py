@@ -26,12 +26,15 @@ EXIT_TERMINATED = 143
 
 
 def main() -> None:
-    """Entry point: input errors end with one clear line and exit code 2, a stopped training with 3."""
+    """Entry point: input errors end with one clear line and exit code 2, stopped training with 3, SIGTERM with 143."""
     from e2e_fast.config import ConfigError
-    from e2e_fast.trainer import TrainingStopped
+    from e2e_fast.trainer import TrainingStopped, TrainingTerminated
 
     try:
         app()
+    except TrainingTerminated as error:
+        print(f"e2e-fast: {error}", file=sys.stderr)
+        sys.exit(EXIT_TERMINATED)
     except TrainingStopped as error:
         print(f"e2e-fast: training stopped: {error}", file=sys.stderr)
         sys.exit(EXIT_STOPPED)
@@ -58,12 +61,16 @@ def train(
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
 ) -> None:
     """Train SAEs as a configuration says."""
+    from e2e_fast.distributed import join
     from e2e_fast.trainer import train as run_training
 
-    run = run_training(config, resume=resume, quiet=quiet)
-    _print_metrics(run.history[-2] if len(run.history) > 1 else run.history[-1])
-    if run.folder is not None:
-        print(f"saved in {run.folder}")
+    runs = run_training(config, resume=resume, quiet=quiet)
+    if not join().writes:
+        return
+    for run in runs if isinstance(runs, list) else [runs]:
+        _print_metrics(run.history[-2] if len(run.history) > 1 else run.history[-1])
+        if run.folder is not None:
+            print(f"saved in {run.folder}")
 
 
 @app.command("eval")

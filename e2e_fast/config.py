@@ -16,7 +16,8 @@ a misspelt key is an error. Two deliberate differences: relative paths are relat
 """
 
 import difflib
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -25,19 +26,26 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Tag,
     ValidationError,
     model_validator,
 )
 
 from e2e_fast.data import DatasetConfig
-from e2e_fast.losses import LossConfig, Positions
+from e2e_fast.losses import LossConfig, LossName, Positions
+from e2e_fast.precision import Precision
 
 Paths = Annotated[tuple[Path, ...] | None, BeforeValidator(lambda v: (v,) if isinstance(v, (str, Path)) else v)]
+
+
+EVAL_SEED_OFFSET = 42
+"""e2e_sae evaluates on data shuffled with the training seed plus this, unless ``eval_data.seed`` is set."""
 
 
 class ConfigError(ValueError):
@@ -60,6 +68,48 @@ class SAEsConfig(BaseModel):
     """TopK: features kept per token. None: ReLU, e2e_sae's activation. [ours]"""
 
 
+_NAME, _KEYS = "(a name)", "(its keys)"
+_Loss = Annotated[
+    Annotated[LossName, Tag(_NAME)] | Annotated[LossConfig, Tag(_KEYS)],
+    Discriminator(lambda value: _NAME if isinstance(value, str) else _KEYS),
+]
+
+
+class PhaseConfig(BaseModel):
+    """A stretch of training with a loss of its own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    until: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Where the phase ends, as a share of ``n_samples``. The last phase has none: it ends with the run."""
+    loss: _Loss
+    """A kind of loss, with the sparsity term (and the downstream positions) of the run's ``loss``; or its five keys."""
+    lr: PositiveFloat | None = None
+    """The phase's own learning rate, along the run's ``lr_schedule`` over this phase. None: the run's rate goes on."""
+    warmup_samples: NonNegativeInt = 0
+    """Of a phase with its own ``lr``."""
+
+
+class SweepConfig(BaseModel):
+    """Values to train with side by side: one set of SAEs for each combination, all on the same batches."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sparsity_coeff: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)] | None = None
+    """For ``loss.sparsity.coeff``."""
+    seed: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] | None = None
+    """Of the first weights; the data keep the run's order."""
+    k: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
+    dict_size_to_input_ratio: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] | None = None
+    sae_positions: Annotated[tuple[Positions, ...], Field(min_length=1)] | None = None
+    """Each a position or a list of them."""
+
+    def combinations(self) -> list[dict[str, Any]]:
+        """Every combination of the values, the last key varying fastest."""
+        swept = {key: values for key, values in self if values is not None}
+        return [dict(zip(swept, chosen, strict=True)) for chosen in itertools.product(*swept.values())]
+
+
 class Config(BaseModel):
     """One training run. Sample counts are sequences, never tokens."""
 
@@ -79,12 +129,14 @@ class Config(BaseModel):
     n_samples: PositiveInt | None = None
     """None: until the data ends."""
     save_every_n_samples: PositiveInt | None
+    keep_checkpoints: PositiveInt | None = None
+    """Weights of the last so many checkpoints stay. None: of all of them, as in e2e_sae. [ours]"""
     eval_every_n_samples: PositiveInt | None = None
     eval_n_samples: PositiveInt | None
     batch_size: PositiveInt
-    """Sequences of a forward pass."""
+    """Sequences of a forward pass, of each process under torchrun."""
     effective_batch_size: PositiveInt | None = None
-    """Sequences of an optimizer step; a multiple of ``batch_size``. None: ``batch_size``."""
+    """Sequences of an optimizer step, over all processes; a multiple of ``batch_size`` × processes. None: just that."""
     lr: PositiveFloat
     lr_schedule: Literal["linear", "cosine"] = "cosine"
     min_lr_factor: NonNegativeFloat = 0.1
@@ -96,11 +148,19 @@ class Config(BaseModel):
     """0: never."""
     act_frequency_n_tokens: PositiveInt = 100_000
     loss: LossConfig
+    schedule: tuple[PhaseConfig, ...] | None = Field(default=None, min_length=1)
+    """Phases with losses of their own, one after the other: local, then a short fine-tune on the KL. [ours]"""
+    kl_positions: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of a batch's tokens, drawn anew each step, on which training estimates the KL (unbiased). [ours]"""
+    sweep: SweepConfig | None = None
+    """Several SAEs in one process, which share the language model's passes. [ours]"""
     train_data: DatasetConfig
     eval_data: DatasetConfig | None = None
     saes: SAEsConfig
     lm_processing: Literal["transformer_lens", "none"] = "transformer_lens"
     """Centred writing weights, as every published e2e SAE was trained on, or the raw model. [ours]"""
+    precision: Precision | None = None
+    """Arithmetic of the matrix products. None: bf16 on CUDA, else fp32. [ours]"""
     device: str | None = None
     """None: CUDA where there is one, else CPU. [ours]"""
 
@@ -127,12 +187,83 @@ class Config(BaseModel):
                 raise ValueError(f"lr_schedule 'cosine' needs cooldown_samples 0, got {self.cooldown_samples}")
         if self.eval_every_n_samples is not None and self.eval_data is None:
             raise ValueError("eval_every_n_samples needs eval_data, got None")
+        self._check_schedule(self.schedule or ())
+        self._check_sweep()
         return self
+
+    def _check_sweep(self) -> None:
+        if self.sweep is None:
+            return
+        chosen = self.sweep.combinations()
+        if chosen == [{}]:
+            raise ValueError("sweep needs at least one key with a list of values, got none")
+        if len({_label(values) for values in chosen}) < len(chosen):
+            raise ValueError(f"sweep: every value may stand once in its list, got {self.sweep.model_dump()}")
+        if self.sweep.sparsity_coeff and any(not isinstance(phase.loss, str) for phase in self.schedule or ()):
+            raise ValueError("sweep.sparsity_coeff needs the losses of the schedule to be names, got one with keys")
+
+    @property
+    def members(self) -> dict[str, "Config"]:
+        """The configuration of each set of SAEs, as it would be trained alone: one, under "", without a sweep."""
+        if self.sweep is None:
+            return {"": self}
+        return {_label(chosen): self._member(chosen) for chosen in self.sweep.combinations()}
+
+    def _member(self, chosen: Mapping[str, Any]) -> "Config":
+        settings = self.model_dump(exclude={"sweep"})
+        settings |= {"wandb_run_name": f"{self.run_name}_{_label(chosen)}", "wandb_run_name_prefix": ""}
+        # All members see the same data, in the order that the run's own seed gives.
+        for data, seed in (("train_data", self.seed), ("eval_data", self.seed + EVAL_SEED_OFFSET)):
+            if settings[data] is not None and settings[data]["seed"] is None:
+                settings[data]["seed"] = seed
+        for key, value in chosen.items():
+            if key == "seed":
+                settings["seed"] = value
+            elif key == "sparsity_coeff":
+                settings["loss"]["sparsity"]["coeff"] = value
+            else:
+                settings["saes"][key] = value
+        return load_config(settings)
+
+    def _check_schedule(self, phases: tuple[PhaseConfig, ...]) -> None:
+        if not phases:
+            return
+        if self.n_samples is None:
+            raise ValueError("schedule needs n_samples, got None")
+        if (last := phases[-1].until) is not None:
+            raise ValueError(f"schedule: the last phase ends with the run and has no until, got {last}")
+        ends = [phase.until for phase in phases[:-1]]
+        if None in ends:
+            raise ValueError(f"schedule: every phase but the last needs until, phase {ends.index(None) + 1} has none")
+        starts = self.phase_starts
+        if any(a >= b for a, b in zip(starts, [*starts[1:], self.n_optimizer_steps or 0], strict=True)):
+            raise ValueError(
+                f"schedule: until must grow by at least one optimizer step ({self.samples_per_step} of "
+                f"{self.n_samples} samples) from phase to phase, got {ends}"
+            )
+        for i, phase in enumerate(phases):
+            if phase.warmup_samples and phase.lr is None:
+                raise ValueError(f"schedule: warmup_samples needs lr, phase {i + 1} has none")
+
+    @property
+    def samples_per_step(self) -> int:
+        """Sequences of an optimizer step."""
+        return self.effective_batch_size or self.batch_size
+
+    @property
+    def n_optimizer_steps(self) -> int | None:
+        """Optimizer steps of the run; None where the data decides."""
+        return self.n_samples // self.samples_per_step if self.n_samples else None
+
+    @property
+    def phase_starts(self) -> list[int]:
+        """The optimizer step with which each phase begins; [0] without a schedule."""
+        return [0, *(round((phase.until or 1) * (self.n_optimizer_steps or 0)) for phase in (self.schedule or ())[:-1])]
 
     @property
     def n_gradient_accumulation_steps(self) -> int:
         """Micro-batches per optimizer step."""
-        return (self.effective_batch_size or self.batch_size) // self.batch_size
+        return self.samples_per_step // self.batch_size
 
     @property
     def model(self) -> str:
@@ -144,6 +275,9 @@ class Config(BaseModel):
         """``wandb_run_name``, or e2e_sae's name made of the main settings."""
         if self.wandb_run_name:
             return self.wandb_run_name_prefix + self.wandb_run_name
+        if self.sweep is not None:
+            swept = [key for key, values in self.sweep if values is not None]
+            return f"{self.wandb_run_name_prefix}sweep_{'_'.join(swept)}"
         loss = self.loss
         parts = [f"seed-{self.seed}", f"lpcoeff-{loss.sparsity.coeff}"]
         if loss.out_to_in is not None and loss.out_to_in.coeff > 0:
@@ -186,10 +320,15 @@ def load_config(source: "str | Path | Mapping[str, Any] | Config") -> Config:
         raise ConfigError(_explain(name, error)) from error
 
 
+def _label(chosen: Mapping[str, Any]) -> str:
+    """The name of a member of a sweep: ``sparsity_coeff-0.5_seed-1``."""
+    return "_".join(f"{key}-{'-'.join(v) if isinstance(v, tuple) else v}" for key, v in chosen.items())
+
+
 def _explain(name: str, error: ValidationError) -> str:
     lines = [f"{name} cannot be run:"]
     for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"]) or "(whole)"
+        key = ".".join(str(part) for part in problem["loc"] if part not in (_NAME, _KEYS)) or "(whole)"
         if problem["type"] == "missing":
             lines.append(f"  {key}: missing; it must be given")
         elif problem["type"] == "extra_forbidden":
@@ -204,8 +343,15 @@ def _explain(name: str, error: ValidationError) -> str:
 def _suggest(location: tuple[int | str, ...]) -> str:
     model: Any = Config
     for part in location[:-1]:
-        annotation = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        model = next((c for c in candidates if hasattr(c, "model_fields")), None)
+        if part in getattr(model, "model_fields", {}):
+            annotation = model.model_fields[part].annotation
+            model = next((c for c in _within(annotation) if hasattr(c, "model_fields")), None)
     near = difflib.get_close_matches(str(location[-1]), getattr(model, "model_fields", {}), n=1)
     return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _within(annotation: Any) -> Iterator[Any]:
+    """An annotation and all that it is made of."""
+    yield annotation
+    for part in getattr(annotation, "__args__", ()):
+        yield from _within(part)

@@ -48,6 +48,7 @@ from torch.utils._pytree import tree_leaves
 
 from e2e_fast import embedded, kernels
 from e2e_fast.lm_architectures import Tap, centre_unembedding, centre_writers, take_apart
+from e2e_fast.precision import as_given, lowered
 
 Replacement = Tensor | Callable[[Tensor], Tensor]
 """What a splice puts in an activation's place: a tensor, or a function of the activation that arrives there."""
@@ -431,6 +432,14 @@ class Original(Mapping[str, Tensor]):
         """[B, T, V]."""
         return self.lm.unembed(self.final)
 
+    def restrict(self, at: Iterable[str], downstream: Iterable[str] = ()) -> "Original":
+        """The same pass as if it had been asked for these of its positions alone; nothing is copied."""
+        at, wanted = list(at), {*at, *downstream}
+        if missing := wanted - set(self._named):
+            raise KeyError(f"{min(missing)!r} was not asked for: there are {self._named}")
+        named = [position for position in self._named if position in wanted]
+        return Original(self.lm, self.tokens, at, named, self._seen, self._calls, self._final)
+
     def splice(self, x_hat: Replacement | Mapping[str, Replacement]) -> "Spliced":
         """The model from the first spliced position on, with a graph.
 
@@ -492,11 +501,18 @@ class Spliced:
         """[B, T, V]."""
         return self._lm.unembed(self.final)
 
-    def kl(self) -> Tensor:
-        """KL(original ‖ spliced) over the vocabulary, nats, mean over all B·T tokens; never builds the logits."""
+    def kl(self, rows: Tensor | None = None) -> Tensor:
+        """KL(original ‖ spliced) over the vocabulary, nats, mean over all B·T tokens; never builds the logits.
+
+        ``rows`` [n], int64, are the flattened tokens to take the mean over; None takes all.
+        """
         student, teacher = self.final.flatten(0, 1), self._original.final.flatten(0, 1)
+        if rows is not None:
+            student, teacher = student[rows], teacher[rows]
         unembed = self._lm.unembed
-        return kernels.linear_kl(student, teacher, unembed.weight, unembed.bias, softcap=unembed.softcap)
+        student, teacher, weight = lowered(student, teacher, unembed.weight)
+        with as_given(student.device):
+            return kernels.linear_kl(student, teacher, weight, unembed.bias, softcap=unembed.softcap)
 
     def mse(self, position: str) -> Tensor:
         """Mean squared difference between what arrives at a position and the original, over tokens and channels."""

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 Row = Mapping[str, float]
 
@@ -34,9 +34,11 @@ class Log(Protocol):
 class JsonlLog:
     """``metrics.jsonl`` in the run folder: one JSON object a logged step, flushed at once, appended on resume."""
 
+    NAME: ClassVar[str] = "metrics.jsonl"
+
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / self.NAME
         self._file = self.path.open("a")
 
     def start(self, total_samples: int | None) -> None: ...
@@ -49,6 +51,18 @@ class JsonlLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+def keep_rows(path: Path, size: int) -> list[dict[str, float]]:
+    """Cuts a JSONL file to its first ``size`` bytes, where a checkpoint left it, and returns the rows that remain.
+
+    Rows written after the checkpoint are written again when training goes on from it.
+    """
+    if not path.exists():
+        return []
+    with path.open("r+b") as file:
+        file.truncate(min(size, path.stat().st_size))
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 class ConsoleLog:
@@ -93,12 +107,13 @@ class ConsoleLog:
 
 
 class WandbLog:
-    """Rows to Weights & Biases, stepped by samples as e2e_sae does."""
+    """Rows to Weights & Biases, stepped by samples as e2e_sae does. ``alone``: no other run of the process is open."""
 
-    def __init__(self, project: str, name: str, settings: Mapping[str, Any]) -> None:
+    def __init__(self, project: str, name: str, settings: Mapping[str, Any], *, alone: bool = True) -> None:
         import wandb
 
-        self._run = wandb.init(project=project, name=name, config=dict(settings))
+        further: dict[str, Any] = {} if alone else {"reinit": "create_new"}
+        self._run = wandb.init(project=project, name=name, config=dict(settings), **further)
 
     def start(self, total_samples: int | None) -> None: ...
 

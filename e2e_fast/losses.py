@@ -8,7 +8,12 @@ With N tokens, d the width of the SAE's input, a_i the activation at position i 
     in_to_orig    Σ_i mean_{N,d} (a_i - a_i,original)² / |i|        downstream: later layers stay as they were
     logits_kl     mean_N KL(p_original ‖ p_spliced), in nats        e2e: the output stays as it was
 
-The total is the sum of coefficient × loss. Keys, defaults and formulas are those of e2e_sae (Braun et al. 2024), whose
+The total is the sum of coefficient × loss. A *balanced* loss keeps the KL on the scale of the MSE, so that the learning
+rate and sparsity coefficient of a local run stay right when it goes on with the KL (Karvonen 2025, arXiv 2503.17272):
+
+    balanced      ½ (MSE + stopgrad(MSE / KL) · KL), with MSE = Σ out_to_in over the SAEs
+
+Keys, defaults and formulas are those of e2e_sae (Braun et al. 2024), whose
 code computes KL(original ‖ spliced) although its docstring names the other direction.
 
 >>> e2e(sparsity=1.5).kind
@@ -19,11 +24,11 @@ code computes KL(original ‖ spliced) although its docstring names the other di
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Self, get_args
 
 import torch
 import torch.nn.functional as nnf
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, PositiveFloat
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -32,6 +37,13 @@ if TYPE_CHECKING:
 
 Positions = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]
 """One position or a list of them: TransformerLens names, or parts of names that match several."""
+
+
+LossName = Literal["local", "e2e", "e2e+downstream", "balanced", "balanced+downstream"]
+"""The kinds of loss: the paper's three families, and the balanced one of a fine-tune."""
+
+KL_FLOOR = 1e-8
+"""nats; added to the KL that a balanced loss divides by."""
 
 
 class _Frozen(BaseModel):
@@ -66,6 +78,16 @@ class LossConfig(_Frozen):
     out_to_orig: WeightedLoss | None = Field()
     out_to_in: WeightedLoss | None = Field()
     logits_kl: WeightedLoss | None = Field()
+    balanced: bool = False
+    """Halve ``out_to_in`` and ``logits_kl`` and scale the KL to the size of the MSE, step by step. [ours]"""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("out_to_in", "logits_kl"):
+            term = getattr(self, name)
+            if self.balanced and (term is None or term.coeff == 0):
+                raise ValueError(f"balanced needs {name} with a coeff above 0, got {term and term.coeff}")
+        return self
 
     @property
     def is_local(self) -> bool:
@@ -73,11 +95,13 @@ class LossConfig(_Frozen):
         return self.logits_kl is None and self.in_to_orig is None
 
     @property
-    def kind(self) -> Literal["local", "e2e", "e2e+downstream"]:
-        """Which of the paper's three families this is."""
+    def kind(self) -> LossName:
+        """Which of the paper's three families this is, or whether it is balanced."""
         if self.is_local:
             return "local"
-        return "e2e" if self.in_to_orig is None else "e2e+downstream"
+        if self.in_to_orig is None:
+            return "balanced" if self.balanced else "e2e"
+        return "balanced+downstream" if self.balanced else "e2e+downstream"
 
     @property
     def downstream(self) -> tuple[str, ...]:
@@ -116,6 +140,41 @@ def e2e_downstream(
     )
 
 
+def balanced(sparsity: float, p_norm: float = 1.0, in_to_orig: InToOrigLoss | None = None) -> LossConfig:
+    """MSE and KL in equal shares: ½ (MSE + stopgrad(MSE / KL) · KL), plus sparsity and, if given, later MSEs."""
+    return LossConfig(
+        sparsity=SparsityLoss(coeff=sparsity, p_norm=p_norm),
+        in_to_orig=in_to_orig,
+        out_to_orig=None,
+        out_to_in=WeightedLoss(coeff=1.0),
+        logits_kl=WeightedLoss(coeff=1.0),
+        balanced=True,
+    )
+
+
+def named(name: str, base: LossConfig, at: Sequence[str], available: Sequence[str]) -> LossConfig:
+    """The loss of a kind, with the sparsity term of ``base`` and, where the kind has one, its downstream positions.
+
+    Without such positions every later ``hook_resid_pre`` is taken; ``at`` are the SAEs' positions, ``available`` the
+    model's, in its order. "balanced+downstream" keeps base's ``total_coeff`` (0.5, the share of the MSE, without one).
+    Raises ValueError for an unknown name and where nothing lies behind the SAEs.
+    """
+    if name not in get_args(LossName):
+        raise ValueError(f"loss must be one of {', '.join(get_args(LossName))}, got {name!r}")
+    sparsity = (base.sparsity.coeff, base.sparsity.p_norm)
+    if name in ("local", "e2e", "balanced"):
+        return {"local": local, "e2e": e2e, "balanced": balanced}[name](*sparsity)
+    positions = base.downstream
+    if not positions:
+        first = min(available.index(position) for position in at)
+        positions = tuple(p for p in available[first + 1 :] if p.endswith("hook_resid_pre"))
+    if not positions:
+        raise ValueError(f"{name} needs a residual stream behind the SAE; there is none in this model")
+    if name == "e2e+downstream":
+        return e2e_downstream(sparsity[0], positions, sparsity[1])
+    return balanced(*sparsity, base.in_to_orig or InToOrigLoss(total_coeff=0.5, hook_positions=positions))
+
+
 def with_full_names(loss: LossConfig, available: Sequence[str]) -> LossConfig:
     """The loss with its downstream positions' names in full, in the network's order.
 
@@ -143,22 +202,31 @@ def resolve_positions(names: str | Sequence[str], available: Sequence[str]) -> l
 
 
 def compute_loss(
-    config: LossConfig, acts: Mapping[str, "SAEActs"], original: "Original", spliced: "Spliced | None"
+    config: LossConfig,
+    acts: Mapping[str, "SAEActs"],
+    original: "Original",
+    spliced: "Spliced | None",
+    kl_rows: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted total (a scalar) and every single loss, unweighted, under e2e_sae's key ("sparsity/{position}").
 
-    ``spliced`` is None in local training. A loss with coefficient 0 is computed without a graph.
+    ``spliced`` is None in local training. A loss with coefficient 0 is logged and not trained on. ``kl_rows`` [n] are
+    the flattened tokens whose KL is averaged; None takes all.
     """
-    weighted: list[tuple[str, float, Tensor]] = []
+    terms: dict[str, Tensor] = {}
+    used: list[Tensor] = []
 
-    def add(name: str, coeff: float, value: Tensor) -> None:
-        weighted.append((name, coeff, value))
+    def add(name: str, coeff: float, value: Tensor, scale: "Tensor | float" = 1.0) -> None:
+        terms[name] = value.detach()
+        if coeff:
+            used.append(coeff * scale * value)
 
+    half = 0.5 if config.balanced else 1.0
     for position, act in acts.items():
         sparsity = act.norm(config.sparsity.p_norm).mean() / act.input.shape[-1]
         add(f"sparsity/{position}", config.sparsity.coeff, sparsity)
         if config.out_to_in is not None:
-            add(f"out_to_in/{position}", config.out_to_in.coeff, nnf.mse_loss(act.input, act.output))
+            add(f"out_to_in/{position}", half * config.out_to_in.coeff, nnf.mse_loss(act.input, act.output))
         if config.out_to_orig is not None:
             add(f"out_to_orig/{position}", config.out_to_orig.coeff, nnf.mse_loss(act.output, original[position]))
     if spliced is not None:
@@ -168,8 +236,11 @@ def compute_loss(
                 add(f"in_to_orig/{position}", share, spliced.mse(position))
         if config.logits_kl is not None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and config.logits_kl.coeff > 0):
-                add("logits_kl", config.logits_kl.coeff, spliced.kl())
+                kl = spliced.kl(kl_rows)
+            scale: Tensor | float = 1.0
+            if config.balanced:
+                scale = sum(terms[f"out_to_in/{position}"] for position in acts) / (kl.detach() + KL_FLOOR)
+            add("logits_kl", half * config.logits_kl.coeff, kl, scale)
 
-    used = [coeff * value for _, coeff, value in weighted if coeff]
-    total = torch.stack(used).sum() if used else weighted[0][2].detach() * 0
-    return total, {name: value.detach() for name, _, value in weighted}
+    total = torch.stack(used).sum() if used else next(iter(terms.values())) * 0
+    return total, terms

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from e2e_fast.precision import as_given
+
 if TYPE_CHECKING:
     from e2e_fast.lm import Original, Spliced
     from e2e_fast.sae import SAEActs
@@ -102,7 +104,8 @@ def performance(original: "Original", spliced: "Spliced", tokens: Tensor) -> dic
     ce, correct, agree, distance = (t.to(hidden.device) for t in (ce, correct, agree, distance))
     for start in range(0, hidden.shape[1], rows):
         chunk, targets = hidden[:, start : start + rows], following[start : start + rows]
-        log_p = unembed(chunk).float().log_softmax(-1)  # (2, rows, V)
+        with as_given(chunk.device):  # autocast would round the logits
+            log_p = unembed(chunk).float().log_softmax(-1)  # (2, rows, V)
         top = log_p.argmax(-1)
         for i in range(2):
             ce[i] += nnf.nll_loss(log_p[i], targets, ignore_index=-100, reduction="sum")

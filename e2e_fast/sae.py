@@ -25,6 +25,7 @@ from e2e_fast import kernels
 from e2e_fast.kernels import DensityController, SparseCode
 from e2e_fast.kernels.density import default_limit
 from e2e_fast.losses import resolve_positions
+from e2e_fast.precision import as_given, lowered
 
 if TYPE_CHECKING:
     from e2e_fast.lm import LM
@@ -61,9 +62,10 @@ class SAEActs:
         return dense.view(*self.input.shape[:-1], self.d_sae)
 
     def norm(self, p: float) -> Tensor:
-        """(N,) ‖c‖_p of every token."""
+        """(N,) ‖c‖_p of every token, in float32 (float64 for such codes)."""
         values = self.code.values
-        return values.sum(-1) if p == 1 else torch.linalg.vector_norm(values, ord=p, dim=-1)
+        dtype = torch.promote_types(values.dtype, torch.float32)
+        return values.sum(-1, dtype=dtype) if p == 1 else torch.linalg.vector_norm(values, ord=p, dim=-1, dtype=dtype)
 
     def l0(self) -> Tensor:
         """(N,) active features of every token."""
@@ -100,11 +102,12 @@ class SAE(nn.Module):
 
     def forward(self, x: Tensor) -> SAEActs:
         """Encode and decode activations [..., d_in]."""
-        flat = x.reshape(-1, self.d_in)
-        output, code = kernels.autoencode(
-            flat, self.W_enc, self.b_enc, self.W_dec, self.b_dec, k=self.k, density=self.density
-        )
-        return SAEActs(x, output.view_as(x), code, self.d_sae)
+        flat, W_enc, W_dec = lowered(x.reshape(-1, self.d_in), self.W_enc, self.W_dec)
+        with as_given(x.device):
+            output, code = kernels.autoencode(
+                flat, W_enc, self.b_enc, W_dec, self.b_dec, k=self.k, density=self.density
+            )
+        return SAEActs(x, output.to(x.dtype).view_as(x), code, self.d_sae)
 
     def encode(self, x: Tensor) -> Tensor:
         """Dense codes [..., d_sae] of activations [..., d_in]."""

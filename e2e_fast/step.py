@@ -6,7 +6,8 @@
     loss      = Σ coefficient · term         losses.compute_loss
     gradients = ∂loss/∂(SAE weights)         the LM is frozen and gets none
 
-The Trainer calls this once a micro-batch; so can any other loop.
+The Trainer calls this once a micro-batch; so can any other loop. Several sets of SAEs share a batch's original pass:
+`original_pass` makes it with all that they need, and each one's step is given it.
 
 >>> import torch
 >>> from e2e_fast import losses, load_lm                                       # doctest: +SKIP
@@ -17,13 +18,14 @@ The Trainer calls this once a micro-batch; so can any other loop.
 >>> result.loss, saes["blocks.3.hook_resid_pre"].W_dec.grad.shape              # doctest: +SKIP
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from e2e_fast.losses import LossConfig, compute_loss
 from e2e_fast.measure import Timings
+from e2e_fast.precision import as_given
 
 if TYPE_CHECKING:
     from e2e_fast.lm import LM, Original, Spliced
@@ -52,27 +54,38 @@ def training_step(
     *,
     accumulation_steps: int = 1,
     timings: Timings | None = None,
+    original: "Original | None" = None,
+    kl_rows: Tensor | None = None,
 ) -> StepResult:
     """Forward and backward of one micro-batch; gradients are added to the SAEs' ``.grad``.
 
     tokens [B, T]. ``loss`` names its downstream positions in full. The loss is divided by ``accumulation_steps``
     before the backward, so that the gradients of an optimizer step are those of its mean loss. ``timings`` receives the
-    seconds of each phase.
+    seconds of each phase. ``original`` is the `original_pass` of these tokens where it is known already. ``kl_rows``
+    [n] are the flattened tokens on which the KL is estimated; None takes all.
     """
     timings = timings or Timings(enabled=False)
-    result = forward_step(lm, saes, loss, tokens, timings)
-    with timings.phase("backward"):
+    result = forward_step(lm, saes, loss, tokens, timings, original, kl_rows)
+    with timings.phase("backward"), as_given(lm.device):
         (result.loss / accumulation_steps).backward()
     return result._replace(loss=result.loss.detach())
 
 
 def forward_step(
-    lm: "LM", saes: "Mapping[str, SAE]", loss: LossConfig, tokens: Tensor, timings: Timings | None = None
+    lm: "LM",
+    saes: "Mapping[str, SAE]",
+    loss: LossConfig,
+    tokens: Tensor,
+    timings: Timings | None = None,
+    original: "Original | None" = None,
+    kl_rows: Tensor | None = None,
 ) -> StepResult:
     """The step without its backward; evaluation calls it under ``torch.no_grad``."""
     timings = timings or Timings(enabled=False)
-    with timings.phase("prefix" if loss.is_local else "prefix and teacher"):
-        original = lm.original(tokens, at=list(saes), downstream=list(loss.downstream), suffix=not loss.is_local)
+    if original is None:
+        original = original_pass(lm, [(saes, loss)], tokens, timings)
+    else:
+        original = original.restrict(saes, loss.downstream)
     acts: dict[str, SAEActs] = {}
 
     def autoencode_at(position: str) -> Callable[[Tensor], Tensor]:
@@ -91,5 +104,20 @@ def forward_step(
         with timings.phase("student"):
             spliced = original.splice({position: autoencode_at(position) for position in saes})
     with timings.phase("losses"):
-        total, terms = compute_loss(loss, acts, original, spliced)
+        total, terms = compute_loss(loss, acts, original, spliced, kl_rows)
     return StepResult(total, terms, acts, original, spliced)
+
+
+def original_pass(
+    lm: "LM",
+    wanted: "Iterable[tuple[Mapping[str, SAE], LossConfig]]",
+    tokens: Tensor,
+    timings: Timings | None = None,
+) -> "Original":
+    """The prefix and, unless every loss is local, the teacher: once, with what each (SAEs, loss) needs of them."""
+    wanted = list(wanted)
+    at = list(dict.fromkeys(position for saes, _ in wanted for position in saes))
+    downstream = list(dict.fromkeys(position for _, loss in wanted for position in loss.downstream))
+    suffix = not all(loss.is_local for _, loss in wanted)
+    with (timings or Timings(enabled=False)).phase("prefix and teacher" if suffix else "prefix"):
+        return lm.original(tokens, at=at, downstream=downstream, suffix=suffix)

@@ -8,7 +8,7 @@ import yaml
 
 import e2e_fast
 from e2e_fast.config import ConfigError
-from e2e_fast.trainer import lr_factor
+from e2e_fast.schedule import lr_factor
 
 PUBLISHED = """
 wandb_project: gpt2-e2e

@@ -1,0 +1,57 @@
+"""In which arithmetic the matrix products of training run; all else is float32.
+
+    fp32    float32 products
+    tf32    float32 tensors, products on an NVIDIA GPU's TF32 units (10 bits of mantissa)
+    bf16    products of bfloat16 inputs: the language model's under torch.autocast, the SAEs' and the unembedding's by
+            casting their inputs; the residual stream, logits, softmax, losses, weights, gradients and Adam in float32
+
+>>> x = torch.randn(2, 4)
+>>> with arithmetic("bf16", "cpu"):
+...     (x @ x.T).dtype, lowered(x)[0].dtype
+(torch.bfloat16, torch.bfloat16)
+>>> lowered(x)[0] is x
+True
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Precision = Literal["fp32", "tf32", "bf16"]
+
+
+def resolve(wanted: Precision | None, device: torch.device | str) -> Precision:
+    """``wanted``, or bf16 on CUDA and fp32 elsewhere. Raises ValueError for tf32 where there is none."""
+    kind = torch.device(device).type
+    if wanted == "tf32" and kind != "cuda":
+        raise ValueError(f"precision tf32 needs an NVIDIA GPU, got device {device}: use fp32 or bf16")
+    return wanted or ("bf16" if kind == "cuda" else "fp32")
+
+
+@contextlib.contextmanager
+def arithmetic(precision: Precision, device: torch.device | str) -> Iterator[None]:
+    """The products of the block run in ``precision``; the process's own settings come back afterwards."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def lowered(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Inputs of an operator of ours, which autocast does not see: cast as it would cast them, or as they are."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def as_given(device: torch.device) -> torch.autocast:
+    """``with as_given(device)``: operators take their inputs' dtypes, whatever is around."""
+    return torch.autocast(device.type, enabled=False)
