@@ -387,7 +387,6 @@ def open_batches(
         tokens=tokens,
         # Without n_samples a run ends with its data; an evaluation always does.
         repeat=split == "train" and tokens is None and config.n_samples is not None,
-        tokenizer=None if tokens is not None else lm.tokenizer,
         vocab_size=lm.d_vocab,
         rank=world.rank,
         world_size=world.size,

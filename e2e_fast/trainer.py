@@ -264,9 +264,7 @@ def evaluate_run(config: Config, state: Mapping[str, Tensor], samples: int | Non
     model = SAETransformer.from_weights(config.model_dump(mode="json"), state)
     data = config.eval_data or config.train_data
     seed = config.seed + EVAL_SEED_OFFSET if data.seed is None else data.seed
-    batches = TokenBatches(
-        data, config.batch_size, seed=seed, tokenizer=model.lm.tokenizer, vocab_size=model.lm.d_vocab, repeat=False
-    )
+    batches = TokenBatches(data, config.batch_size, seed=seed, vocab_size=model.lm.d_vocab, repeat=False)
     with batches:
         return evaluate(model, first_samples(batches, samples), loss=config.loss)
 
