@@ -110,7 +110,7 @@ def measure(family: str, n: int, d: int, precision: str, threads: int, scipy: bo
         record["cpu_speedup"] = record["scipy_cpu_seconds"] / record["cpu_seconds"]
         assert abs(S[rows, cols].sum() - m.total) <= 1e-9 * max(1.0, n / 1000), "total differs from SciPy's"
     try:
-        from lapx import lapjvs  # pyright: ignore[reportMissingImports]
+        from lap import lapjvs  # pyright: ignore[reportMissingImports]  # the package is called lapx
     except ImportError:
         record["lapx"] = "not installed"
     else:

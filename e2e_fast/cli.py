@@ -4,6 +4,7 @@ e2e-fast demo                     train the three kinds of SAE on the embedded m
 e2e-fast train config.yaml        what ``e2e_fast.train`` does
 e2e-fast eval out/my_run          what ``e2e_fast.evaluate`` does
 e2e-fast match A B                what ``e2e_fast.match_dictionaries`` does, for files
+e2e-fast bench overhead           what end-to-end training costs beside local, phase by phase
 e2e-fast train-lm                 train the embedded language model anew
 e2e-fast info                     versions, devices, which kernels are active
 """
@@ -99,6 +100,37 @@ def info() -> None:
 
     for name, value in describe().items():
         print(f"{name:<18} {value}")
+
+
+bench = typer.Typer(no_args_is_help=True, help="Measure.")
+app.add_typer(bench, name="bench")
+
+
+@bench.command("overhead")
+def overhead(
+    model: Annotated[str, typer.Option(help="Name or folder of the language model.")] = "embedded",
+    layer: Annotated[int | None, typer.Option(help="Block whose input the SAE reads; default: the middle.")] = None,
+    features: Annotated[int | None, typer.Option(help="d_sae; default: 8 times the model's width.")] = None,
+    k: Annotated[int, typer.Option(help="Active features a token.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Sequences a step.")] = 8,
+    n_ctx: Annotated[int | None, typer.Option(help="Tokens a sequence.")] = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps a round; three rounds are timed.")] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Train local, e2e, e2e+downstream and the schedule side by side, and print where the time goes."""
+    from e2e_fast.overhead import measure_overhead
+
+    rows = measure_overhead(model, layer=layer, features=features, k=k, batch_size=batch_size, n_ctx=n_ctx, steps=steps)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    for row in rows:
+        phases = "  ".join(f"{name} {ms:.1f}" for name, ms in row["phases"].items())
+        print(
+            f"{row['kind']:<15} {row['overhead']:5.2f} × local  {row['ms']:9.1f} ms/step  "
+            f"{row['tokens/s']:10,.0f} tokens/s  peak {row['peak_bytes'] / 2**20:7.0f} MB  "
+            f"{row['floor_share']:4.0%} of the FLOP floor's rate\n    {phases}"
+        )
 
 
 app.command("match")(match)

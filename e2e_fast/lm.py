@@ -211,6 +211,10 @@ class LM:
         """Number of channels at a position: d_model, or d_mlp at ``mlp.hook_pre`` and ``mlp.hook_post``."""
         return self._widths[_parse(self.check_position(position))[1]]
 
+    def block_weights(self, layer: int) -> int:
+        """Entries of all matrices of a block: half the FLOP that its products need for a token."""
+        return sum(p.numel() for p in self._blocks[layer].parameters() if p.ndim >= 2)
+
     def check_position(self, position: str) -> str:
         """The position itself; raises ValueError, with near names, where the model lacks it."""
         if position in self._order:
