@@ -50,8 +50,14 @@ def compared_keys(row: dict[str, float]) -> list[str]:
 
 @pytest.mark.shared
 @pytest.mark.parametrize("name", RUNS)
-def test_a_training_run_equals_the_reference_implementations(shared: Path, name: str) -> None:
+@pytest.mark.parametrize("codes", ["as they come", "always sparse"])
+def test_a_training_run_equals_the_reference_implementations(
+    shared: Path, name: str, codes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if codes == "always sparse":
+        monkeypatch.setattr("e2e_fast.sae.default_limit", lambda d_sae: d_sae)
     run, rows, folder = replay(shared, name)
+    assert codes == "as they come" or all(sae.density.sparse for sae in run.model.by_position.values())
     history = run.history[: len(rows)]
     assert [r["grad_updates"] for r in history] == [r["grad_updates"] for r in rows]
     assert [r["total_tokens"] for r in history] == [r["total_tokens"] for r in rows]

@@ -4,6 +4,8 @@ import errno
 import json
 import math
 import os
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +271,28 @@ def test_a_full_disk_leaves_the_older_checkpoint_whole(
     names = sorted(p.name for p in trainer.folder.iterdir())
     assert names == ["final_config.yaml", "metrics.jsonl", "resume_16.safetensors", "samples_16.safetensors"]
     e2e_fast.SAETransformer.from_local_path(trainer.folder, lm=model)
+
+
+def test_wandb_gets_the_rows_when_it_is_asked_for(
+    model: Any, tokens: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[tuple[dict[str, float], int]] = []
+
+    class FakeRun:
+        def log(self, row: dict[str, float], step: int) -> None:
+            logged.append((row, step))
+
+        def finish(self) -> None:
+            logged.append(({}, -1))
+
+    started: dict[str, Any] = {}
+    fake = types.SimpleNamespace(init=lambda **options: (started.update(options), FakeRun())[1])
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    run = e2e_fast.train(settings(wandb_project="p", wandb_run_name="r"), lm=model, tokens=tokens, quiet=True)
+    assert (started["project"], started["name"]) == ("p", "r")
+    assert started["config"]["loss"]["sparsity"]["coeff"] == 0.2
+    assert [step for _, step in logged] == [*(int(row["samples"]) for row in run.history), -1]
+    assert logged[0][0]["loss"] == run.history[0]["loss"]
 
 
 @pytest.mark.parametrize(
