@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "parallel.hpp"
+#include "threads.hpp"
 
 namespace e2e {
 

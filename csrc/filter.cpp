@@ -9,7 +9,7 @@
 #include <numeric>
 #include <stdexcept>
 
-#include "parallel.hpp"
+#include "threads.hpp"
 #include "simd.hpp"
 
 #if defined(__x86_64__)

@@ -19,6 +19,7 @@ from torch import Tensor
 from e2e_fast import checkpoint, losses
 from e2e_fast.config import Config, load_config
 from e2e_fast.lm import load_lm
+from e2e_fast.positions import resolve_positions
 from e2e_fast.sae import SAETransformer, to_e2e_sae
 from e2e_fast.trainer import Run, Trainer
 
@@ -55,7 +56,7 @@ def finetune(
         base, state, suffix = _of_folder(Path(sae))
         lm = load_lm(base.model if lm is None else lm, processing=base.lm_processing)
     name = "balanced+downstream" if downstream else "balanced"
-    at = losses.resolve_positions(base.saes.sae_positions, lm.positions())
+    at = resolve_positions(base.saes.sae_positions, lm.positions())
     loss = base.loss
     if sparsity is not None:
         loss = loss.model_copy(update={"sparsity": loss.sparsity.model_copy(update={"coeff": sparsity})})

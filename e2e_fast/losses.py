@@ -22,7 +22,6 @@ code computes KL(original ‖ spliced) although its docstring names the other di
 1.0
 """
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal, Self, get_args
 
@@ -30,6 +29,8 @@ import torch
 import torch.nn.functional as nnf
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor
+
+from e2e_fast.positions import resolve_positions
 
 if TYPE_CHECKING:
     from e2e_fast.lm import Original, Spliced
@@ -184,21 +185,6 @@ def with_full_names(loss: LossConfig, available: Sequence[str]) -> LossConfig:
         return loss
     names = tuple(resolve_positions(loss.in_to_orig.hook_positions, available))
     return loss.model_copy(update={"in_to_orig": loss.in_to_orig.model_copy(update={"hook_positions": names})})
-
-
-def resolve_positions(names: str | Sequence[str], available: Sequence[str]) -> list[str]:
-    """Full position names, in the network's order: exact names, or every position that contains a name as a part.
-
-    Raises ValueError for a name that matches nothing.
-    """
-    chosen = set()
-    for name in [names] if isinstance(names, str) else names:
-        matches = [name] if name in available else [a for a in available if name in a]
-        if not matches:
-            near = difflib.get_close_matches(name, available, n=3) or available[-3:]
-            raise ValueError(f"position {name!r} is not in this model; near it are {', '.join(near)}")
-        chosen.update(matches)
-    return [a for a in available if a in chosen]
 
 
 def compute_loss(

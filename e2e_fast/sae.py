@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from e2e_fast import kernels
 from e2e_fast.kernels import DensityController, SparseCode
 from e2e_fast.kernels.density import default_limit
-from e2e_fast.losses import resolve_positions
+from e2e_fast.positions import hyphenated, resolve_positions
 from e2e_fast.precision import as_given, lowered
 
 if TYPE_CHECKING:
@@ -192,11 +192,6 @@ def load_e2e_sae(saes: Mapping[str, SAE], state: Mapping[str, Tensor], *, strict
             parameter.copy_(tensor)
             covered[position] = None
     return list(covered)
-
-
-def hyphenated(position: str) -> str:
-    """The module name of a position: torch allows no dots in it."""
-    return position.replace(".", "-")
 
 
 class SAETransformer(nn.Module):
