@@ -13,7 +13,7 @@ tangent to them. No tied weights, no subtraction of b_dec from the input (Braun 
 (torch.Size([2, 5, 16]), torch.Size([2, 5, 64]))
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -75,6 +75,13 @@ class SAEActs:
         """(d_sae,) int64: on how many tokens each feature fires."""
         used = self.code.values.detach() > 0
         return used.sum(0) if self.is_dense else torch.bincount(self.code.indices[used], minlength=self.d_sae)
+
+
+class CacheActs(NamedTuple):
+    """An activation that was only looked at."""
+
+    input: Tensor
+    """[..., d] as it arrived."""
 
 
 class SAE(nn.Module):
@@ -244,36 +251,60 @@ class SAETransformer(nn.Module):
         return self
 
     def forward_raw(
-        self, tokens: Tensor, cache_positions: Sequence[str] | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits [B, T, V] of the untouched model, and its activations at the SAEs' and the cached positions."""
-        original = self.lm.original(tokens, at=self.all_sae_positions, downstream=list(cache_positions or ()))
-        return original.logits(), dict(original)
+        self,
+        tokens: Tensor,
+        run_entire_model: bool = True,
+        final_layer: int | None = None,
+        cache_positions: Sequence[str] | None = None,
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """Logits [B, T, V] of the untouched model, and its activations at the SAEs' and the cached positions.
 
-    @torch.no_grad()
+        Without ``run_entire_model`` the logits are None and the pass stops behind the last of these positions;
+        e2e_sae's ``final_layer`` is accepted and not needed.
+        """
+        del final_layer
+        cached = list(cache_positions or ())
+        original = self.lm.original(tokens, at=self.all_sae_positions, downstream=cached, suffix=run_entire_model)
+        return original.logits() if run_entire_model else None, dict(original)
+
     def forward(
-        self, tokens: Tensor, sae_positions: str | Sequence[str] | None = "all"
-    ) -> tuple[Tensor, dict[str, SAEActs]]:
-        """Logits [B, T, V] with the chosen SAEs' outputs in place of the activations, and what each SAE did."""
-        chosen = (
-            self.all_sae_positions
-            if sae_positions == "all"
-            else resolve_positions(sae_positions or [], self.all_sae_positions)
-        )
-        if not chosen:
-            return self.forward_raw(tokens)[0], {}
-        saes = self.by_position
-        acts: dict[str, SAEActs] = {}
+        self,
+        tokens: Tensor | None,
+        sae_positions: str | Sequence[str] | None = "all",
+        cache_positions: Sequence[str] | None = None,
+        orig_acts: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor | None, dict[str, SAEActs | CacheActs]]:
+        """Logits [B, T, V] with the chosen SAEs' outputs in place of the activations, and what each SAE did.
 
-        def insert(position: str):
+        All chosen SAEs are inserted together: a later one sees the earlier ones' effect. ``cache_positions`` adds the
+        activations that arrive there. With ``orig_acts`` (activations by position) only the SAEs run, each on its own
+        activation, and the logits are None. Differentiable with respect to the SAEs' weights.
+        """
+        if sae_positions == "all":
+            chosen = self.all_sae_positions
+        else:
+            chosen = resolve_positions(sae_positions or [], self.all_sae_positions)
+        saes = self.by_position
+        acts: dict[str, SAEActs | CacheActs] = {}
+        if orig_acts is not None:
+            return None, {position: saes[position](orig_acts[position]) for position in chosen}
+        if tokens is None:
+            raise ValueError("tokens must be given unless orig_acts are, got None")
+        cached = list(cache_positions or ())
+        if not chosen:
+            logits, raw = self.forward_raw(tokens, cache_positions=cached)
+            return logits, {position: CacheActs(raw[position]) for position in cached}
+
+        def insert(position: str) -> Callable[[Tensor], Tensor]:
             def run(x: Tensor) -> Tensor:
-                acts[position] = saes[position](x)
-                return acts[position].output
+                act = acts[position] = saes[position](x)
+                return act.output
 
             return run
 
-        spliced = self.lm.original(tokens, at=chosen).splice({p: insert(p) for p in chosen})
-        return spliced.logits(), acts
+        spliced = self.lm.original(tokens, at=chosen, downstream=cached).splice({p: insert(p) for p in chosen})
+        logits = spliced.logits()
+        return logits, acts | {position: CacheActs(spliced[position]) for position in cached if position not in acts}
 
     @torch.no_grad()
     def generate(
@@ -285,7 +316,9 @@ class SAETransformer(nn.Module):
     ) -> Tensor:
         """[B, T + max_new_tokens]: a continuation sampled with the SAEs inserted; temperature 0 takes the likeliest."""
         for _ in range(max_new_tokens):
-            logits = self.forward(tokens[:, -self.lm.n_ctx :], sae_positions)[0][:, -1]
+            whole, _ = self.forward(tokens[:, -self.lm.n_ctx :], sae_positions)
+            assert whole is not None
+            logits = whole[:, -1]
             if temperature == 0:
                 following = logits.argmax(-1, keepdim=True)
             else:
