@@ -9,7 +9,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-CSRC = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.[ch]pp"))
+CSRC = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").iterdir())
 
 
 class CMakeBuild(build_ext):
