@@ -1,13 +1,19 @@
 """The `duel` fixture: times two ways of doing the same thing alternately and reports their ratio."""
 
 import gc
+import json
+import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
+from e2e_fast import _C
 from e2e_fast.measure import PeakMemory
 
 
@@ -71,10 +77,30 @@ def duel(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., Duel]:
     return run
 
 
+def record(results: list[Duel], file: Path) -> None:
+    """Appends one line a duel: its figures, the commit, the machine and the versions."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    cpus = Path("/proc/cpuinfo")
+    name = [line for line in cpus.read_text().splitlines() if "model name" in line] if cpus.exists() else []
+    where = {
+        "commit": commit.stdout.strip(),
+        "when": time.strftime("%Y-%m-%d"),
+        "cpu": name[0].partition(": ")[2] if name else platform.processor(),
+        "simd": _C.simd_level(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    with file.open("a") as lines:
+        for result in results:
+            lines.write(json.dumps(result._asdict() | {"speedup": result.speedup} | where) + "\n")
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     results = config.stash.get(RESULTS, [])
     if not results:
         return
+    if file := config.getoption("--record"):
+        record(results, Path(file))
     terminalreporter.section("ratios: both sides timed alternately in this run, medians")
     terminalreporter.write_line(f"{'':52}{'ours':>10}{'baseline':>11}{'faster':>9}{'(range)':>15}{'memory':>9}")
     for r in results:
