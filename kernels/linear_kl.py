@@ -29,7 +29,7 @@ from e2e_fast.kernels._checks import accumulator, check_bias, check_matrix
 from e2e_fast.kernels._gemm import linear, row_chunks
 from e2e_fast.kernels._native import native
 
-CHUNK_BYTES = 32 << 20
+CHUNK_BYTES = 24 << 20
 """Bytes of one chunk of logits on CPU, two at a time. Larger than other chunks: each reads the whole unembedding."""
 
 
