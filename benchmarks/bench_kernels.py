@@ -126,6 +126,6 @@ def test_linear_kl(duel: Callable[..., Any], width: int) -> None:
         loss = kernels.linear_kl(student, teacher, weight)
         return loss, *torch.autograd.grad(loss, student)
 
-    assert_same(fused(), eager(), 1e-4)  # at KL 0.04 the eager gradient itself is off by 2e-5
+    assert_same(fused(), eager(), 1e-4)  # in float32 the two gradients differ by 1.6e-5 at D = 768
     result = duel(f"linear_kl with gradient, D = {width}, V = 50,257", fused, eager, rounds=ROUNDS)
     assert result.memory < 1 / 8
