@@ -15,7 +15,7 @@ from torch import Tensor
 from e2e_fast import kernels
 
 N, D, F, K = 1024, 768, 46080, 32
-ROUNDS = 2
+ROUNDS = 5
 
 
 @pytest.fixture(scope="module")

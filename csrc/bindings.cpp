@@ -24,7 +24,6 @@ static Simd simd_from_name(const std::string& name) {
 static void bind_simd(py::module_& m) {
   m.def("simd_best", [] { return simd_name(simd_best()); });
   m.def("simd_level", [] { return simd_name(simd_level()); });
-  m.def("has_bfloat16", has_bfloat16);
   m.def("simd_force", [](const std::string& name) { simd_force(simd_from_name(name)); }, py::arg("level"));
 }
 
@@ -80,26 +79,17 @@ static void bind_softmax_kl(py::module_& m) {
   elementwise("tanh_lanes", tanh_lanes);
 }
 
+static Precision precision_from_name(const std::string& name) {
+  if (name == "float32") return Precision::float32;
+  if (name == "bfloat16") return Precision::bfloat16;
+  if (name == "int8") return Precision::int8;
+  throw std::invalid_argument("precision must be 'float32', 'bfloat16' or 'int8', got '" + name + "'");
+}
+
 static void bind_sparse(py::module_& m) {
   m.def("keep_freed_memory", keep_freed_memory, py::arg("bytes"));
   m.def("prefer_huge_pages", [](Array<uint8_t> bytes) { prefer_huge_pages(out(bytes), bytes.size()); },
         py::arg("bytes").noconvert());
-
-  m.def(
-      "to_bfloat16",
-      [](Array<float> x, Array<int16_t> rounded, Array<float> norm, Array<float> error_norm, int threads) {
-        expect(x.ndim() == 2 && rounded.size() == x.size() && norm.size() == x.shape(0) &&
-                   error_norm.size() == x.shape(0),
-               "x and rounded must be (N, D), norm and error_norm (N,)");
-        const float* const data = x.data();
-        auto* const bits = reinterpret_cast<uint16_t*>(out(rounded));
-        float *n = out(norm), *e = out(error_norm);
-        const int64_t rows = x.shape(0), columns = x.shape(1);
-        const py::gil_scoped_release release;
-        to_bfloat16(data, rows, columns, bits, n, e, threads);
-      },
-      py::arg("x").noconvert(), py::arg("rounded").noconvert(), py::arg("norm").noconvert(),
-      py::arg("error_norm").noconvert(), py::arg("threads"));
 
   py::class_<Selection>(m, "Selection")
       .def(py::init<int64_t, int64_t, int64_t>(), py::arg("rows"), py::arg("k"), py::arg("limit"))
@@ -114,36 +104,19 @@ static void bind_sparse(py::module_& m) {
           },
           py::arg("scores").noconvert(), py::arg("first"), py::arg("threads"))
       .def(
-          "add_screened",
-          [](Selection& self, Array<int16_t> scores, int64_t first, MaybeArray<float> bias, Array<float> x_norm,
-             Array<float> x_error, Array<float> w_norm, Array<float> w_error, int64_t depth, int threads) {
-            expect(scores.ndim() == 2 && scores.shape(0) == self.rows() && x_norm.size() == self.rows() &&
-                       x_error.size() == self.rows() && w_norm.size() == scores.shape(1) &&
-                       w_error.size() == scores.shape(1) && (!bias || bias->size() == scores.shape(1)),
-                   "scores must be (N, M), the norms of x (N,), bias and the norms of weight (M,)");
-            const auto* const data = reinterpret_cast<const uint16_t*>(scores.data());
-            const Rounding x{x_norm.data(), x_error.data()}, w{w_norm.data(), w_error.data()};
-            const float* const b = in(bias);
-            const int64_t columns = scores.shape(1);
-            const py::gil_scoped_release release;
-            self.add_screened(data, columns, first, b, x, w, depth, threads);
-          },
-          py::arg("scores").noconvert(), py::arg("first"), py::arg("bias").noconvert(), py::arg("x_norm").noconvert(),
-          py::arg("x_error").noconvert(), py::arg("w_norm").noconvert(), py::arg("w_error").noconvert(),
-          py::arg("depth"), py::arg("threads"))
-      .def(
-          "rescore",
-          [](Selection& self, Array<float> x, Array<float> weight, MaybeArray<float> bias, int threads) {
+          "screen",
+          [](Selection& self, Array<float> x, Array<float> weight, MaybeArray<float> bias, const std::string& precision,
+             int64_t share, int threads) {
             expect(x.ndim() == 2 && weight.ndim() == 2 && x.shape(0) == self.rows() && x.shape(1) == weight.shape(1) &&
                        (!bias || bias->size() == weight.shape(0)),
                    "x must be (N, D), weight (F, D) and bias (F,)");
-            const float *xs = x.data(), *w = weight.data(), *b = in(bias);
-            const int64_t depth = x.shape(1);
+            const Scoring job{x.data(), weight.data(), in(bias), weight.shape(0), weight.shape(1)};
+            const Precision p = precision_from_name(precision);
             const py::gil_scoped_release release;
-            self.rescore(xs, w, b, depth, threads);
+            return self.screen(job, p, share, threads);
           },
-          py::arg("x").noconvert(), py::arg("weight").noconvert(), py::arg("bias").noconvert(), py::arg("threads"))
-      .def("kept", &Selection::kept)
+          py::arg("x").noconvert(), py::arg("weight").noconvert(), py::arg("bias").noconvert(), py::arg("precision"),
+          py::arg("share"), py::arg("threads"))
       .def("fullest", &Selection::fullest)
       .def(
           "finish",
@@ -239,13 +212,6 @@ static Graph as_graph(const Array<int64_t>& start, const Array<int32_t>& col, co
     throw std::invalid_argument("col and value must both hold start[-1] = " + std::to_string(start.at(start.size() - 1)) +
                                 " edges, got " + std::to_string(col.size()) + " and " + std::to_string(value.size()));
   return {start.size() - 1, cols, start.data(), col.data(), value.data()};
-}
-
-static Precision precision_from_name(const std::string& name) {
-  if (name == "float32") return Precision::float32;
-  if (name == "bfloat16") return Precision::bfloat16;
-  if (name == "int8") return Precision::int8;
-  throw std::invalid_argument("precision must be 'float32', 'bfloat16' or 'int8', got '" + name + "'");
 }
 
 /// Unit rows in low precision, held by the caller's arrays: data (rows, depth · bytes), scale (rows,).

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -25,18 +24,8 @@ namespace e2e {
 
 namespace {
 
-constexpr int64_t kRows = 8;         // rows of a register tile
-constexpr int64_t kVectors = 3;      // its columns, in vectors of 16
-constexpr int64_t kCols = 16 * kVectors;
 constexpr int64_t kBlockBytes = 384 << 10;  // packed rows a job keeps in its core's L2
 constexpr float kInf = std::numeric_limits<float>::infinity();
-
-float bf16_to_float(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float value;
-  std::memcpy(&value, &wide, 4);
-  return value;
-}
 
 /// Round to nearest even; finite input. Values whose bf16 is subnormal become 0: the bf16 instructions flush them.
 uint16_t float_to_bf16(float value) {
@@ -46,166 +35,25 @@ uint16_t float_to_bf16(float value) {
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-/// 64-byte aligned words.
-struct Words {
-  explicit Words(int64_t count) : data(static_cast<uint32_t*>(std::aligned_alloc(64, (count * 4 + 63) / 64 * 64 + 64))) {
-    if (!data) throw std::bad_alloc();
-  }
-  ~Words() { std::free(data); }
-  Words(const Words&) = delete;
-  Words& operator=(const Words&) = delete;
-  uint32_t* data;
-};
-
-/// How a tile is multiplied. A word is what one lane consumes a step: one float, two bf16 or four int8.
-enum class Engine { generic, float32, bfloat16, int8 };
-
-Engine engine_for(Precision precision) {
-  if (!native(precision)) return Engine::generic;
-  switch (precision) {
-    case Precision::bfloat16: return Engine::bfloat16;
-    case Precision::int8: return Engine::int8;
-    default: return simd_level() == Simd::avx512 ? Engine::float32 : Engine::generic;
-  }
+const char* row_of(const Quantized& q, int64_t row) {
+  return static_cast<const char*>(q.data) + row * q.depth * element_bytes(q.precision);
 }
 
-int64_t words_per_row(const Quantized& q, Engine engine) {
-  return engine == Engine::generic ? q.depth : q.depth * element_bytes(q.precision) / 4;
-}
-
-/// One row as the engine's words.
-void load_words(const Quantized& q, Engine engine, int64_t row, uint32_t* out) {
-  const char* source = static_cast<const char*>(q.data) + row * q.depth * element_bytes(q.precision);
-  if (engine != Engine::generic || q.precision == Precision::float32) {
-    std::memcpy(out, source, q.depth * element_bytes(q.precision));
-    return;
-  }
-  float* value = reinterpret_cast<float*>(out);
-  if (q.precision == Precision::bfloat16) {
-    const auto* bits = reinterpret_cast<const uint16_t*>(source);
-    for (int64_t k = 0; k < q.depth; ++k) value[k] = bf16_to_float(bits[k]);
-  } else {
-    const auto* level = reinterpret_cast<const int8_t*>(source);
-    for (int64_t k = 0; k < q.depth; ++k) value[k] = level[k];
-  }
-}
-
-/// Panels of `width` rows, interleaved word by word; missing rows are zeros. For int8, `flip` turns the stored signed
-/// bytes into unsigned ones (x + 128), as the instruction wants for its first operand.
-void pack_panel(const Quantized& q, Engine engine, const int32_t* index, int64_t count, int64_t width, bool flip,
+/// Panels of `width` rows of `q`, interleaved word by word; missing rows are zeros.
+void pack_panel(const Quantized& q, Engine engine, const int32_t* index, int64_t count, int64_t width, uint32_t flip,
                 uint32_t* scratch, uint32_t* panel) {
-  const int64_t words = words_per_row(q, engine);
-  const uint32_t mask = flip && engine == Engine::int8 ? 0x80808080u : 0;
+  const int64_t words = words_per_row(q.precision, engine, q.depth);
   for (int64_t r = 0; r < width; ++r) {
-    if (r < count) {
-      load_words(q, engine, index[r], scratch);
-      for (int64_t k = 0; k < words; ++k) panel[k * width + r] = scratch[k] ^ mask;
-    } else {
-      for (int64_t k = 0; k < words; ++k) panel[k * width + r] = mask;
-    }
+    if (r < count) to_words(q.precision, engine, row_of(q, index[r]), q.depth, scratch);
+    pack(r < count ? scratch : nullptr, words, flip, width, r, panel);
   }
-}
-
-/// −128 Σ_k a_k: undoes the + 128 of the other operand.
-int32_t int8_offset(const Quantized& q, int64_t row) {
-  const auto* level = static_cast<const int8_t*>(q.data) + row * q.depth;
-  return -128 * std::accumulate(level, level + q.depth, 0);
-}
-
-// ---- the register tile: out (8, 48) = rows · columns ---------------------------------------------------------------
-
-/// Plain C++ for any processor, over float words; the compiler vectorises the inner loop.
-E2E_CLONES
-void tile_generic(const uint32_t* a_words, const uint32_t* b_words, int64_t words, float* out) {
-  const auto* a = reinterpret_cast<const float*>(a_words);
-  const auto* b = reinterpret_cast<const float*>(b_words);
-  for (int64_t r0 = 0; r0 < kRows; r0 += 4)
-    for (int64_t c0 = 0; c0 < kCols; c0 += 16) {
-      float acc[4][16] = {};
-      for (int64_t k = 0; k < words; ++k)
-        for (int r = 0; r < 4; ++r)
-          for (int c = 0; c < 16; ++c) acc[r][c] += a[k * kRows + r0 + r] * b[k * kCols + c0 + c];
-      for (int r = 0; r < 4; ++r) std::memcpy(out + (r0 + r) * kCols + c0, acc[r], sizeof acc[r]);
-    }
-}
-
-#if E2E_X86
-#define E2E_TARGET "avx512f,avx512bw,avx512vl,avx512dq"
-#define E2E_INLINE __attribute__((always_inline)) static inline
-
-struct FloatStep {
-  using Acc = __m512;
-  __attribute__((target(E2E_TARGET))) E2E_INLINE Acc zero() { return _mm512_setzero_ps(); }
-  __attribute__((target(E2E_TARGET))) E2E_INLINE Acc step(Acc acc, const uint32_t* a, __m512i b) {
-    return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(*a))), _mm512_castsi512_ps(b), acc);
-  }
-  __attribute__((target(E2E_TARGET))) E2E_INLINE __m512 result(Acc acc, int32_t) { return acc; }
-};
-struct Bf16Step {
-  using Acc = __m512;
-  __attribute__((target(E2E_TARGET))) E2E_INLINE Acc zero() { return _mm512_setzero_ps(); }
-  __attribute__((target(E2E_TARGET ",avx512bf16"))) E2E_INLINE Acc step(Acc acc, const uint32_t* a, __m512i b) {
-    return _mm512_dpbf16_ps(acc, (__m512bh)b, (__m512bh)_mm512_set1_epi32(static_cast<int>(*a)));
-  }
-  __attribute__((target(E2E_TARGET))) E2E_INLINE __m512 result(Acc acc, int32_t) { return acc; }
-};
-struct Int8Step {
-  using Acc = __m512i;
-  __attribute__((target(E2E_TARGET))) E2E_INLINE Acc zero() { return _mm512_setzero_si512(); }
-  __attribute__((target(E2E_TARGET ",avx512vnni"))) E2E_INLINE Acc step(Acc acc, const uint32_t* a, __m512i b) {
-    // _mm512_dpbusd_epi32 makes gcc 12 spill every accumulator; the instruction itself takes the broadcast operand.
-    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(b), "m"(*a));
-    return acc;
-  }
-  __attribute__((target(E2E_TARGET))) E2E_INLINE __m512 result(Acc acc, int32_t offset) {
-    // Under the zero mask's form gcc 12 does not warn about its own header.
-    return _mm512_maskz_cvtepi32_ps(0xffff, _mm512_add_epi32(acc, _mm512_set1_epi32(offset)));
-  }
-};
-
-#define E2E_TILE(NAME, STEP, TARGET)                                                                              \
-  __attribute__((target(TARGET))) void NAME(const uint32_t* a, const uint32_t* b, int64_t words,                  \
-                                            const int32_t* offset, __m512 (&out)[kRows][kVectors]) {              \
-    STEP::Acc acc[kRows][kVectors];                                                                               \
-    _Pragma("GCC unroll 8") for (int r = 0; r < kRows; ++r)                                                       \
-        _Pragma("GCC unroll 3") for (int v = 0; v < kVectors; ++v) acc[r][v] = STEP::zero();                       \
-    for (int64_t k = 0; k < words; ++k, a += kRows, b += kCols) {                                                 \
-      const __m512i b0 = _mm512_load_si512(b), b1 = _mm512_load_si512(b + 16), b2 = _mm512_load_si512(b + 32);    \
-      _Pragma("GCC unroll 8") for (int r = 0; r < kRows; ++r) {                                                   \
-        acc[r][0] = STEP::step(acc[r][0], a + r, b0);                                                             \
-        acc[r][1] = STEP::step(acc[r][1], a + r, b1);                                                             \
-        acc[r][2] = STEP::step(acc[r][2], a + r, b2);                                                             \
-      }                                                                                                           \
-    }                                                                                                             \
-    _Pragma("GCC unroll 8") for (int r = 0; r < kRows; ++r)                                                       \
-        _Pragma("GCC unroll 3") for (int v = 0; v < kVectors; ++v) out[r][v] = STEP::result(acc[r][v], offset[r]); \
-  }
-E2E_TILE(tile_float32, FloatStep, E2E_TARGET)
-E2E_TILE(tile_bfloat16, Bf16Step, E2E_TARGET ",avx512bf16")
-E2E_TILE(tile_int8, Int8Step, E2E_TARGET ",avx512vnni")
-#endif
-
-/// out (8, 48): the products of a packed row panel and a packed column panel, before the int8 scales.
-void multiply(Engine engine, const uint32_t* a, const uint32_t* b, int64_t words, const int32_t* offset, float* out) {
-#if E2E_X86
-  auto& tile = *reinterpret_cast<__m512(*)[kRows][kVectors]>(out);
-  switch (engine) {
-    case Engine::float32: return tile_float32(a, b, words, offset, tile);
-    case Engine::bfloat16: return tile_bfloat16(a, b, words, offset, tile);
-    case Engine::int8: return tile_int8(a, b, words, offset, tile);
-    case Engine::generic: break;
-  }
-#else
-  (void)engine, (void)offset;
-#endif
-  tile_generic(a, b, words, out);
 }
 
 // ---- what passes the threshold -------------------------------------------------------------------------------------
 
 /// Column-side constants of a panel of 48, padded so that missing columns never pass.
 struct ColumnPanel {
-  alignas(64) float scale[kCols], level[kCols], price[kCols];
+  alignas(64) float scale[kTileCols], level[kTileCols], price[kTileCols];
 };
 
 /// Bit c of mask[r] says that column c passes for row r: acc·row_scale·scale − price > row_level or acc·… > level.
@@ -214,8 +62,8 @@ void threshold_generic(const float* tile, int64_t rows, const float* row_scale, 
                        const ColumnPanel& panel, bool absolute, uint64_t* mask) {
   for (int64_t r = 0; r < rows; ++r) {
     uint64_t bits = 0;
-    for (int64_t c = 0; c < kCols; ++c) {
-      const float product = tile[r * kCols + c] * row_scale[r] * panel.scale[c];
+    for (int64_t c = 0; c < kTileCols; ++c) {
+      const float product = tile[r * kTileCols + c] * row_scale[r] * panel.scale[c];
       const float value = absolute ? std::fabs(product) : product;
       const bool pass = (value - panel.price[c] > row_level[r]) | (value > panel.level[c]);
       bits |= static_cast<uint64_t>(pass) << c;
@@ -225,15 +73,15 @@ void threshold_generic(const float* tile, int64_t rows, const float* row_scale, 
 }
 
 #if E2E_X86
-__attribute__((target(E2E_TARGET))) void threshold_avx512(const float* tile, int64_t rows, const float* row_scale,
+__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"))) void threshold_avx512(const float* tile, int64_t rows, const float* row_scale,
                                                           const float* row_level, const ColumnPanel& panel,
                                                           bool absolute, uint64_t* mask) {
   const __m512 sign = _mm512_castsi512_ps(_mm512_set1_epi32(absolute ? 0x7fffffff : -1));
   for (int64_t r = 0; r < rows; ++r) {
     const __m512 scale = _mm512_set1_ps(row_scale[r]), level = _mm512_set1_ps(row_level[r]);
     uint64_t bits = 0;
-    for (int64_t v = 0; v < kVectors; ++v) {
-      const __m512 product = _mm512_mul_ps(_mm512_load_ps(tile + r * kCols + 16 * v), scale);
+    for (int64_t v = 0; v < kTileCols / 16; ++v) {
+      const __m512 product = _mm512_mul_ps(_mm512_load_ps(tile + r * kTileCols + 16 * v), scale);
       const __m512 value = _mm512_and_ps(_mm512_mul_ps(product, _mm512_load_ps(panel.scale + 16 * v)), sign);
       const __mmask16 by_row =
           _mm512_cmp_ps_mask(_mm512_sub_ps(value, _mm512_load_ps(panel.price + 16 * v)), level, _CMP_GT_OQ);
@@ -257,41 +105,41 @@ void threshold(const float* tile, int64_t rows, const float* row_scale, const fl
 class Panels {
  public:
   Panels(const Quantized& a, const Quantized& b, const int32_t* b_index, int64_t b_count, int threads)
-      : engine_(engine_for(a.precision)), a_(a), words_(words_per_row(a, engine_)), panels_((b_count + kCols - 1) / kCols),
-        columns_(panels_ * words_ * kCols) {
+      : engine_(engine_for(a.precision)), a_(a), words_(words_per_row(a.precision, engine_, a.depth)), panels_((b_count + kTileCols - 1) / kTileCols),
+        columns_(panels_ * words_ * kTileCols) {
     if (a.precision != b.precision || a.depth != b.depth)
       throw std::invalid_argument("a and b must be quantized alike");
     parallel_jobs(panels_, threads, [&](int64_t p, int) {
       std::vector<uint32_t> scratch(words_);
-      pack_panel(b, engine_, b_index + p * kCols, std::min(kCols, b_count - p * kCols), kCols, true, scratch.data(),
-                 columns_.data + p * words_ * kCols);
+      pack_panel(b, engine_, b_index + p * kTileCols, std::min(kTileCols, b_count - p * kTileCols), kTileCols, column_flip(engine_), scratch.data(),
+                 columns_.data + p * words_ * kTileCols);
     });
   }
 
   int64_t words() const { return words_; }
   int64_t panels() const { return panels_; }
   /// Rows whose packed words fit a core's cache, between one tile and 512.
-  int64_t cached_rows() const { return std::clamp(kBlockBytes / (4 * words_) / kRows * kRows, kRows, int64_t{512}); }
+  int64_t cached_rows() const { return std::clamp(kBlockBytes / (4 * words_) / kTileRows * kTileRows, kTileRows, int64_t{512}); }
 
   /// A job's rows, packed in panels of 8.
   struct Rows {
     Rows(const Panels& panels, int64_t capacity)
-        : words(panels.words_ * ((capacity + kRows - 1) / kRows * kRows)), offset(capacity + kRows), scratch(panels.words_) {}
+        : words(panels.words_ * ((capacity + kTileRows - 1) / kTileRows * kTileRows)), offset(capacity + kTileRows), scratch(panels.words_) {}
     Words words;
     std::vector<int32_t> offset;
     std::vector<uint32_t> scratch;
   };
   void pack_rows(const int32_t* index, int64_t count, Rows& rows) const {
-    for (int64_t r = 0; r < count; r += kRows)
-      pack_panel(a_, engine_, index + r, std::min(kRows, count - r), kRows, false, rows.scratch.data(),
+    for (int64_t r = 0; r < count; r += kTileRows)
+      pack_panel(a_, engine_, index + r, std::min(kTileRows, count - r), kTileRows, 0, rows.scratch.data(),
                  rows.words.data + r * words_);
     if (engine_ == Engine::int8)
-      for (int64_t r = 0; r < count; ++r) rows.offset[r] = int8_offset(a_, index[r]);
+      for (int64_t r = 0; r < count; ++r) rows.offset[r] = int8_offset(reinterpret_cast<const int8_t*>(row_of(a_, index[r])), a_.depth);
   }
 
   /// tile (8, 48) of row panel r (first row, a multiple of 8) and column panel p.
   void multiply_panel(const Rows& rows, int64_t r, int64_t p, float* tile) const {
-    multiply(engine_, rows.words.data + r * words_, columns_.data + p * words_ * kCols, words_, rows.offset.data() + r,
+    multiply(engine_, rows.words.data + r * words_, columns_.data + p * words_ * kTileCols, words_, rows.offset.data() + r,
              tile);
   }
 
@@ -305,24 +153,10 @@ class Panels {
 /// Rows a job takes: what fits the cache, less when there would be too few jobs for the threads.
 int64_t job_rows(const Panels& panels, int64_t rows, int threads) {
   const int64_t even = (rows + 4 * threads - 1) / (4 * threads);
-  return std::clamp((even + kRows - 1) / kRows * kRows, kRows, panels.cached_rows());
+  return std::clamp((even + kTileRows - 1) / kTileRows * kTileRows, kTileRows, panels.cached_rows());
 }
 
 }  // namespace
-
-int64_t element_bytes(Precision precision) {
-  return precision == Precision::float32 ? 4 : precision == Precision::bfloat16 ? 2 : 1;
-}
-
-bool native(Precision precision) {
-  if (precision == Precision::float32) return true;
-#if E2E_X86
-  if (simd_level() != Simd::avx512) return false;
-  return precision == Precision::bfloat16 ? __builtin_cpu_supports("avx512bf16") : __builtin_cpu_supports("avx512vnni");
-#else
-  return false;
-#endif
-}
 
 template <class Real>
 void row_norms(const Real* x, int64_t rows, int64_t d, double* norm, int threads) {
@@ -367,7 +201,7 @@ void quantize(const Real* x, const double* norm, int64_t rows, int64_t d, Precis
             [](float v) { return static_cast<double>(v); });
       } else if (precision == Precision::bfloat16) {
         put(reinterpret_cast<uint16_t*>(out), [](double u) { return float_to_bf16(static_cast<float>(u)); },
-            [](uint16_t v) { return static_cast<double>(bf16_to_float(v)); });
+            [](uint16_t v) { return static_cast<double>(bfloat16_to_float(v)); });
       } else {
         scale[i] = static_cast<float>(peak / 127.0);
         const double step = scale[i];
@@ -391,15 +225,15 @@ void run_sweep(const Sweep& job, int64_t row_cap, int threads, Done&& done) {
   const Panels panels(job.a, job.b, job.b_index, job.b_count, threads);
   std::vector<ColumnPanel> columns(panels.panels());
   for (int64_t p = 0; p < panels.panels(); ++p)
-    for (int64_t c = 0; c < kCols; ++c) {
-      const int64_t j = p * kCols + c;
+    for (int64_t c = 0; c < kTileCols; ++c) {
+      const int64_t j = p * kTileCols + c;
       const bool real = j < job.b_count;
       columns[p].scale[c] = real ? job.b.scale[job.b_index[j]] : 1.0f;
       columns[p].level[c] = real && job.col_level ? job.col_level[j] : kInf;
       columns[p].price[c] = !real ? kInf : job.price ? job.price[j] : 0.0f;
     }
 
-  const int64_t block = job.block_rows > 0 ? (job.block_rows + kRows - 1) / kRows * kRows : job_rows(panels, job.a_count, threads);
+  const int64_t block = job.block_rows > 0 ? (job.block_rows + kTileRows - 1) / kTileRows * kTileRows : job_rows(panels, job.a_count, threads);
   std::vector<std::vector<Pair>> found(threads);
   std::vector<std::unique_ptr<Panels::Rows>> rows(threads);
   for (auto& r : rows) r = std::make_unique<Panels::Rows>(panels, block);
@@ -412,23 +246,23 @@ void run_sweep(const Sweep& job, int64_t row_cap, int threads, Done&& done) {
     for (int64_t r = 0; r < count; ++r) row_scale[r] = job.a.scale[job.a_index[first + r]];
     std::vector<int64_t> last(count, panels.panels());  // panels that a group of 8 rows visits
     if (job.limit)
-      for (int64_t r = 0; r < count; r += kRows) {
-        const int64_t most = *std::max_element(job.limit + first + r, job.limit + first + std::min(count, r + kRows));
-        last[r] = (most + kCols - 1) / kCols;
+      for (int64_t r = 0; r < count; r += kTileRows) {
+        const int64_t most = *std::max_element(job.limit + first + r, job.limit + first + std::min(count, r + kTileRows));
+        last[r] = (most + kTileCols - 1) / kTileCols;
       }
     std::vector<int64_t> emitted(count, 0);
-    alignas(64) float tile[kRows * kCols];
-    uint64_t mask[kRows];
+    alignas(64) float tile[kTileRows * kTileCols];
+    uint64_t mask[kTileRows];
     for (int64_t p = 0; p < panels.panels(); ++p)
-      for (int64_t r = 0; r < count; r += kRows) {
+      for (int64_t r = 0; r < count; r += kTileRows) {
         if (p >= last[r]) continue;
-        const int64_t height = std::min(kRows, count - r);
+        const int64_t height = std::min(kTileRows, count - r);
         panels.multiply_panel(packed, r, p, tile);
         threshold(tile, height, row_scale.data() + r, job.row_level + first + r, columns[p], job.absolute, mask);
         for (int64_t k = 0; k < height; ++k)
           for (uint64_t bits = mask[k]; bits; bits &= bits - 1) {
             if (emitted[r + k]++ >= row_cap) continue;
-            const int64_t j = p * kCols + __builtin_ctzll(bits);
+            const int64_t j = p * kTileCols + __builtin_ctzll(bits);
             found[thread].push_back({job.a_index[first + r + k], job.b_index[j]});
           }
       }
@@ -457,7 +291,7 @@ void row_levels(const Quantized& a, const Quantized& b, const int32_t* b_index, 
                 bool absolute, float* level, int threads) {
   if (rank < 1 || rank > b_count) throw std::invalid_argument("rank must lie in [1, b_count]");
   const Panels panels(a, b, b_index, b_count, threads);
-  const int64_t width = panels.panels() * kCols;
+  const int64_t width = panels.panels() * kTileCols;
   const int64_t groups = std::min(width, std::max<int64_t>(4 * 16, (16 * rank + 15) / 16 * 16));
   const int64_t block = std::min<int64_t>(job_rows(panels, a.rows, threads), 128);
   std::vector<float> scale(width, 1.0f);
@@ -473,13 +307,13 @@ void row_levels(const Quantized& a, const Quantized& b, const int32_t* b_index, 
     Panels::Rows& packed = *rows[thread];
     panels.pack_rows(index.data() + first, count, packed);
     float* out = products[thread].data();
-    alignas(64) float tile[kRows * kCols];
+    alignas(64) float tile[kTileRows * kTileCols];
     for (int64_t p = 0; p < panels.panels(); ++p)
-      for (int64_t r = 0; r < count; r += kRows) {
+      for (int64_t r = 0; r < count; r += kTileRows) {
         panels.multiply_panel(packed, r, p, tile);
-        for (int64_t k = 0; k < std::min(kRows, count - r); ++k)
-          for (int64_t c = 0; c < kCols; ++c)
-            out[(r + k) * width + p * kCols + c] = tile[k * kCols + c] * scale[p * kCols + c];
+        for (int64_t k = 0; k < std::min(kTileRows, count - r); ++k)
+          for (int64_t c = 0; c < kTileCols; ++c)
+            out[(r + k) * width + p * kTileCols + c] = tile[k * kTileCols + c] * scale[p * kTileCols + c];
       }
     for (int64_t r = 0; r < count; ++r) {
       float* row = out + r * width;

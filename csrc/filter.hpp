@@ -8,15 +8,9 @@
 #include <cstdint>
 #include <vector>
 
+#include "tiles.hpp"
+
 namespace e2e {
-
-enum class Precision { float32 = 0, bfloat16 = 1, int8 = 2 };
-
-/// Bytes of one stored element.
-int64_t element_bytes(Precision precision);
-
-/// Whether this processor multiplies `precision` natively; otherwise its values are multiplied as float32.
-bool native(Precision precision);
 
 /// Unit rows in low precision, row-major; `depth` is padded with zeros to a multiple of 4.
 struct Quantized {

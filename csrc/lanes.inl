@@ -18,6 +18,19 @@ E2E_INLINE Lanes load(const float* p) {
 
 E2E_INLINE void store(float* p, Lanes v) { __builtin_memcpy(p, &v, sizeof v); }
 
+/// store() past the caches, for results larger than they are; p must be aligned to the register.
+E2E_INLINE void stream(float* p, Lanes v) {
+#if E2E_SIMD == 2
+  _mm512_stream_ps(p, (__m512)v);
+#elif E2E_SIMD == 1
+  _mm256_stream_ps(p, (__m256)v);
+#elif defined(__SSE2__)
+  _mm_stream_ps(p, (__m128)v);
+#else
+  store(p, v);
+#endif
+}
+
 /// The first n < kLanes numbers at p; the other lanes hold `rest`.
 E2E_INLINE Lanes load_part(const float* p, int64_t n, float rest) {
   Lanes v = fill(rest);

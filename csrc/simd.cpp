@@ -35,15 +35,6 @@ void simd_force(Simd level) {
   forced.store(static_cast<int>(level), std::memory_order_relaxed);
 }
 
-bool has_bfloat16() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  return simd_best() == Simd::avx512 && __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
-#endif
-}
-
 std::string simd_name(Simd level) {
   switch (level) {
     case Simd::avx512: return "avx512";

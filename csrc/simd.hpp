@@ -16,9 +16,6 @@ Simd simd_level();
 /// Use `level` from now on; throws std::invalid_argument when the processor lacks it.
 void simd_force(Simd level);
 
-/// Whether the processor multiplies bfloat16 matrices natively (AVX512-BF16, which AMX implies).
-bool has_bfloat16();
-
 /// "baseline", "avx2" or "avx512".
 std::string simd_name(Simd level);
 

@@ -20,36 +20,14 @@
 #include <malloc.h>
 #endif
 
-namespace e2e {
-
-/// A score that passed the threshold, or bounds on one.
-struct Hit {
-  float upper, lower;
-  int32_t index;
-};
-
-/// What one row of x contributes to the bound (see Rounding): `a` times ‖w‖, `b` times ‖w - wb‖.
-struct RowBound {
-  float a, b;
-};
-
-}  // namespace e2e
-
 #define E2E_KERNELS "sparse.inl"
 #include "for_each_simd.hpp"
 
 namespace e2e {
 namespace {
 
+constexpr int64_t kCached = int64_t{8} << 20;  // floats that may stay in a cache
 constexpr int64_t kSegment = 512;  // columns scanned before the threshold is looked at again
-
-/// A float as an integer of the same order, NaN above everything.
-int32_t order(float value) {
-  if (std::isnan(value)) return INT32_MAX;
-  int32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits < 0 ? static_cast<int32_t>(0x80000000u - static_cast<uint32_t>(bits)) : bits;
-}
 
 void check_index(int64_t index, int64_t features) {
   if (index < 0 || index >= features)
@@ -62,121 +40,69 @@ int64_t grain(int64_t rows, int threads) { return std::max<int64_t>(1, rows / (8
 
 }  // namespace
 
-void to_bfloat16(const float* x, int64_t rows, int64_t columns, uint16_t* rounded, float* norm, float* error_norm,
-                 int threads) {
-  // A float32 sum of D squares in 64 strands is short by less than (D / 64 + 8) 2^-24 of itself.
-  const float up = 1 + static_cast<float>(columns / 64 + 8) * 0x1p-23f;
-  parallel_for(rows, grain(rows, threads), threads, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      float squares[2];
-      E2E_DISPATCH(round_row, x + r * columns, columns, rounded + r * columns, squares);
-      norm[r] = up * std::sqrt(squares[0]);
-      error_norm[r] = up * std::sqrt(squares[1]);
-    }
-  });
-}
-
 Selection::Selection(int64_t rows, int64_t k, int64_t limit) : k_(k), limit_(limit), rows_(rows) {}
 
-template <class Scan>
-void Selection::add_segments(int64_t columns, bool exact, int threads, const Scan& scan) {
-  const int64_t count = static_cast<int64_t>(rows_.size());
-  parallel_for(count, grain(count, threads), threads, [&](int64_t begin, int64_t end) {
-    std::vector<Hit> hits(kSegment);
-    std::vector<int32_t> scratch;
+void Selection::add(const float* scores, int64_t columns, int64_t first, int threads) {
+  parallel_for(rows(), grain(rows(), threads), threads, [&](int64_t begin, int64_t end) {
+    std::vector<Candidate> found(kSegment);
     for (int64_t r = begin; r < end; ++r) {
       Row& row = rows_[r];
       for (int64_t c = 0; c < columns; c += kSegment) {
-        int64_t found = scan(r, c, std::min(columns - c, kSegment), row.threshold, hits.data());
-        if (exact) {
-          row.active += found;
-          if (limit_ >= 0) found = std::min(found, std::max<int64_t>(0, limit_ - static_cast<int64_t>(row.kept.size())));
-        }
-        for (int64_t i = 0; i < found; ++i)
-          row.kept.push_back({hits[i].upper, hits[i].lower, exact ? hits[i].index : ~hits[i].index});
-        if (k_ && static_cast<int64_t>(row.kept.size()) > 3 * k_ + 32) compact(row, scratch);
+        int64_t count = E2E_DISPATCH(scan_scores, scores + r * columns + c, std::min(columns - c, kSegment),
+                                     row.threshold, static_cast<int32_t>(first + c), found.data());
+        row.active += count;
+        if (limit_ >= 0) count = std::clamp<int64_t>(limit_ - static_cast<int64_t>(row.kept.size()), 0, count);
+        append(row, found.data(), count);
       }
     }
   });
 }
 
-void Selection::add(const float* scores, int64_t columns, int64_t first, int threads) {
-  add_segments(columns, true, threads, [&](int64_t r, int64_t c, int64_t n, float limit, Hit* hits) {
-    return E2E_DISPATCH(scan_scores, scores + r * columns + c, n, limit, static_cast<int32_t>(first + c), hits);
-  });
-}
-
-void Selection::add_screened(const uint16_t* scores, int64_t columns, int64_t first, const float* bias, Rounding x,
-                             Rounding weight, int64_t depth, int threads) {
-  // Two float32 accumulations of `depth` terms, in any order, each off by at most depth · 2^-24 ‖x‖ ‖w‖.
-  const float accumulation = static_cast<float>(depth + 8) * 0x1p-22f;
-  add_segments(columns, false, threads, [&](int64_t r, int64_t c, int64_t n, float limit, Hit* hits) {
-    const float rounded_norm = x.norm[r] + x.error_norm[r];
-    const RowBound bound{1.0001f * (x.error_norm[r] + accumulation * rounded_norm), 1.0001f * rounded_norm};
-    return E2E_DISPATCH(scan_screened, scores + r * columns + c, n, bias ? bias + c : nullptr, bound, weight.norm + c,
-                        weight.error_norm + c, limit, static_cast<int32_t>(first + c), hits);
-  });
-}
-
-/// Raises the threshold to the k-th greatest lower bound and drops what cannot win any more.
-void Selection::compact(Row& row, std::vector<int32_t>& scratch) const {
-  const bool exact = std::all_of(row.kept.begin(), row.kept.end(), [](const Entry& e) { return e.index >= 0; });
-  if (exact) {
-    keep_best(row.kept);
-    const auto worst = std::min_element(row.kept.begin(), row.kept.end(), [](const Entry& a, const Entry& b) {
-      return order(a.lower) < order(b.lower);
-    });
-    row.threshold = worst->lower;
-    return;
+/// Candidates come in ascending order of their features, so a later one must exceed the threshold: of equal scores the
+/// earlier wins.
+void Selection::append(Row& row, const Candidate* found, int64_t count) const {
+  row.kept.insert(row.kept.end(), found, found + count);
+  if (!k_) return;
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t key = order(found[i].lower);
+    if (static_cast<int64_t>(row.best.size()) < k_) {
+      row.best.push_back(key);
+    } else if (key > row.best.front()) {
+      std::pop_heap(row.best.begin(), row.best.end(), std::greater<>());
+      row.best.back() = key;
+    } else {
+      continue;
+    }
+    std::push_heap(row.best.begin(), row.best.end(), std::greater<>());
   }
-  scratch.clear();
-  for (const Entry& e : row.kept) scratch.push_back(order(e.lower));
-  std::nth_element(scratch.begin(), scratch.begin() + (k_ - 1), scratch.end(), std::greater<>());
-  const int32_t bound = scratch[k_ - 1];
-  for (const Entry& e : row.kept)
-    if (order(e.lower) == bound) row.threshold = std::max(row.threshold, e.lower);
-  std::erase_if(row.kept, [&](const Entry& e) { return order(e.upper) < bound; });
+  if (static_cast<int64_t>(row.best.size()) == k_ && row.best.front() > 0 && row.best.front() != INT32_MAX)
+    std::memcpy(&row.threshold, &row.best.front(), sizeof row.threshold);  // a positive number is its own key
+  if (static_cast<int64_t>(row.kept.size()) > std::max(row.room, 8 * k_ + 32)) drop_losers(row);
 }
 
-/// Leaves the k best exact entries, in no order.
-void Selection::keep_best(std::vector<Entry>& kept) const {
+void Selection::drop_losers(Row& row) const {
+  if (!k_ || static_cast<int64_t>(row.best.size()) < k_) return;
+  std::erase_if(row.kept, [&](const Candidate& c) { return order(c.upper) < row.best.front(); });
+  row.room = 3 * static_cast<int64_t>(row.kept.size());
+}
+
+/// Leaves the k best exact candidates, in no order.
+void Selection::keep_best(std::vector<Candidate>& kept) const {
   if (static_cast<int64_t>(kept.size()) <= k_) return;
   std::nth_element(kept.begin(), kept.begin() + (k_ - 1), kept.end(), better);
   kept.resize(k_);
 }
 
-bool Selection::better(const Entry& a, const Entry& b) {
+int32_t Selection::order(float value) {
+  if (std::isnan(value)) return INT32_MAX;
+  int32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits < 0 ? static_cast<int32_t>(0x80000000u - static_cast<uint32_t>(bits)) : bits;
+}
+
+bool Selection::better(const Candidate& a, const Candidate& b) {
   const int32_t x = order(a.upper), y = order(b.upper);
   return x != y ? x > y : a.index < b.index;
-}
-
-void Selection::rescore(const float* x, const float* weight, const float* bias, int64_t depth, int threads) {
-  const int64_t count = static_cast<int64_t>(rows_.size());
-  parallel_for(count, grain(count, threads), threads, [&](int64_t begin, int64_t end) {
-    std::vector<int32_t> scratch;
-    for (int64_t r = begin; r < end; ++r) {
-      Row& row = rows_[r];
-      if (k_ && static_cast<int64_t>(row.kept.size()) > k_) compact(row, scratch);
-      for (size_t i = 0; i < row.kept.size(); ++i) {
-        Entry& e = row.kept[i];
-        if (e.index >= 0) continue;
-        e.index = ~e.index;
-        if (i + 1 < row.kept.size()) {
-          const int64_t next = std::max(row.kept[i + 1].index, ~row.kept[i + 1].index);
-          for (int64_t at = 0; at < std::min<int64_t>(depth, 256); at += 16) __builtin_prefetch(weight + next * depth + at);
-        }
-        const float z = E2E_DISPATCH(dot_rows, x + r * depth, weight + e.index * depth, depth) + (bias ? bias[e.index] : 0);
-        e.upper = e.lower = z;
-        if (!(z <= 0)) ++row.active;
-      }
-      std::erase_if(row.kept, [](const Entry& e) { return e.upper <= 0; });
-    }
-  });
-}
-
-int64_t Selection::kept() const {
-  return std::accumulate(rows_.begin(), rows_.end(), int64_t{0},
-                         [](int64_t sum, const Row& row) { return sum + static_cast<int64_t>(row.kept.size()); });
 }
 
 int64_t Selection::fullest() const {
@@ -249,9 +175,14 @@ void code_backward(const Backward& job, int threads) {
     else
       slots[next[job.indices[i]]++] = i;
   }
+  // Gradients larger than the caches are not read before they are complete: writing past the caches saves fetching them.
+  const auto aligned = [&](const float* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; };
+  const bool past_caches = job.features * job.width >= kCached && job.width % 16 == 0 && aligned(job.dW_dec) && aligned(job.dW_enc);
   parallel_for(job.features, 64, threads, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(2 * job.width);
     for (int64_t j = begin; j < end; ++j)
-      E2E_DISPATCH(backward_feature, job, j, slots.data() + start[j], start[j + 1] - start[j]);
+      E2E_DISPATCH(backward_feature, job, j, slots.data() + start[j], start[j + 1] - start[j], past_caches, scratch.data());
+    E2E_DISPATCH(finish_streaming);
   });
 }
 

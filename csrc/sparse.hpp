@@ -5,19 +5,21 @@
 #include <cstdint>
 #include <vector>
 
+#include "tiles.hpp"
+
 namespace e2e {
 
-/// Everything that bounds the difference between a score from bfloat16 factors and the score from the float32 ones:
-///   |x·w - xb·wb| <= ‖x - xb‖ ‖w‖ + ‖xb‖ ‖w - wb‖      (xb, wb: x and w rounded to bfloat16)
-/// plus the rounding of two float32 accumulations and of the bfloat16 result. One entry a row of x or of w.
-struct Rounding {
-  const float* norm;        // ‖row‖
-  const float* error_norm;  // ‖row - rounded row‖
+/// What an encoder scores: x (rows, depth), weight (features, depth), bias (features) or null.
+struct Scoring {
+  const float *x, *weight, *bias;
+  int64_t features, depth;
 };
 
-/// Rounds rows (rows × columns) to bfloat16, to nearest even, and gives both norms of every row, rounded upwards.
-void to_bfloat16(const float* x, int64_t rows, int64_t columns, uint16_t* rounded, float* norm, float* error_norm,
-                 int threads);
+/// A feature that may be selected, with bounds on its score, which are equal once the score is exact.
+struct Candidate {
+  float upper, lower;
+  int32_t index;
+};
 
 /// Keeps, for each row, the k best features, or every positive one (k = 0), of score blocks that arrive feature by
 /// feature: N × F scores never exist at once. Equal scores: the lower feature wins. NaN scores count as the greatest.
@@ -29,42 +31,37 @@ class Selection {
   /// Scores (rows × columns) of features first … first + columns - 1. Blocks must come in ascending order.
   void add(const float* scores, int64_t columns, int64_t first, int threads);
 
-  /// The same from bfloat16 products without bias. A feature is kept while its upper bound reaches the k-th greatest
-  /// lower bound (or 0), so no winner is lost. `rescore` must follow. `weight` points at the block's entries.
-  void add_screened(const uint16_t* scores, int64_t columns, int64_t first, const float* bias, Rounding x,
-                    Rounding weight, int64_t depth, int threads);
-
-  /// Replaces every kept bound by the float32 score x·W[j] + bias[j]; x (rows × depth), weight (F × depth). Scores
-  /// that were exact already are left alone.
-  void rescore(const float* x, const float* weight, const float* bias, int64_t depth, int threads);
+  /// All features at once: products in low precision (int8 or bfloat16) with a bound on their error, then float32
+  /// scores of those whose upper bound reaches the k-th greatest lower bound (or 0), so that no winner is lost. Returns
+  /// false, with nothing kept, where that cannot pay or hold: numbers that are not finite, or more candidates than one
+  /// feature in `share`, judged by the first rows. The first thing to happen to a Selection, and the last.
+  bool screen(const Scoring& job, Precision precision, int64_t share, int threads);
 
   int64_t rows() const { return static_cast<int64_t>(rows_.size()); }
 
-  /// Entries kept so far, over all rows.
-  int64_t kept() const;
-
-  /// Features that are active in the fullest row: the slots needed without k. After `rescore`, if screened.
+  /// Features that are active in the fullest row: the slots needed without k.
   int64_t fullest() const;
 
   /// values and indices (rows × slots), count (rows): descending with k, else ascending in the feature; relu applied.
   void finish(float* values, int32_t* indices, int32_t* count, int64_t slots, int threads);
 
  private:
-  struct Entry {
-    float upper, lower;  // equal once the score is exact
-    int32_t index;       // the feature, or ~feature while the score is not exact
-  };
   struct Row {
-    std::vector<Entry> kept;
-    float threshold = 0;  // nothing <= it can be selected: relu drops what is not positive
-    int64_t active = 0;   // exact positive scores found, stored or not
+    std::vector<Candidate> kept;
+    float threshold = 0;        // nothing <= it can be selected: relu drops what is not positive
+    int64_t active = 0;         // positive scores found, stored or not
+    std::vector<int32_t> best;  // with k: the k greatest lower bounds (see order()), a heap with the least in front
+    int64_t room = 0;           // with k: how many to keep before losers are looked for
   };
 
-  template <class Scan>
-  void add_segments(int64_t columns, bool exact, int threads, const Scan& scan);
-  void compact(Row& row, std::vector<int32_t>& scratch) const;
-  void keep_best(std::vector<Entry>& kept) const;
-  static bool better(const Entry& a, const Entry& b);
+  void append(Row& row, const Candidate* found, int64_t count) const;
+  void drop_losers(Row& row) const;
+  void keep_best(std::vector<Candidate>& kept) const;
+  void rescore(const Scoring& job, int threads);
+  void score_first(int64_t count, const Scoring& job, int threads);
+  /// A float as an integer of the same order, NaN above everything.
+  static int32_t order(float value);
+  static bool better(const Candidate& a, const Candidate& b);
 
   int64_t k_, limit_;
   std::vector<Row> rows_;

@@ -16,6 +16,7 @@ torch.Size([4, 8])
 # probe then finds no usable version and leaves it alone. An exception here would break `import transformers`.
 
 from e2e_fast.kernels import reference
+from e2e_fast.kernels._buffers import release_buffers
 from e2e_fast.kernels.autoencode import autoencode
 from e2e_fast.kernels.decode import decode
 from e2e_fast.kernels.density import DensityController
@@ -32,4 +33,5 @@ __all__ = [
     "encode_topk",
     "linear_kl",
     "reference",
+    "release_buffers",
 ]

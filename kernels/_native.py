@@ -15,9 +15,6 @@ from torch import Tensor
 KEPT_BYTES = 256 << 20
 """Freed memory that the process keeps for its next temporaries (glibc), set when the first CPU operator runs."""
 
-LARGE_BYTES = 8 << 20
-"""Fresh buffers from this size on ask for huge pages."""
-
 
 @functools.cache
 def native() -> ModuleType | None:
@@ -48,19 +45,3 @@ def native_missing() -> str | None:
 def array(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> Any:
     """A NumPy view of a CPU tensor, copied only where its dtype or layout demands it; None stays None."""
     return None if tensor is None else tensor.detach().to(dtype).contiguous().numpy()
-
-
-def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """An uninitialised CPU tensor, with huge pages where it is large: touching fresh 4 KB pages is slow."""
-    tensor = torch.empty(*shape, dtype=dtype)
-    core = native()
-    if core is not None and tensor.nbytes >= LARGE_BYTES:
-        core.prefer_huge_pages(tensor.view(-1).view(torch.uint8).numpy())
-    return tensor
-
-
-def empty_like(tensor: Tensor) -> Tensor:
-    """`empty` with the tensor's shape and dtype; on another device plain ``torch.empty_like``."""
-    if tensor.device.type != "cpu":
-        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-    return empty(*tensor.shape, dtype=tensor.dtype)

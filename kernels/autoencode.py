@@ -23,9 +23,9 @@ products, c (N, F) dense, a block of features at a time: beside c nothing of siz
 import torch
 from torch import Tensor
 
+from e2e_fast.kernels._buffers import empty_like
 from e2e_fast.kernels._checks import accumulator, check_bias, check_matrix
 from e2e_fast.kernels._gemm import CHUNK_BYTES, linear, row_chunks
-from e2e_fast.kernels._native import empty_like
 from e2e_fast.kernels.code_backward import code_backward, tangent
 from e2e_fast.kernels.decode import inverse_norms
 from e2e_fast.kernels.density import DensityController, default_limit

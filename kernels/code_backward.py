@@ -27,9 +27,10 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from e2e_fast.kernels._buffers import empty
 from e2e_fast.kernels._checks import accumulator, check_indices
 from e2e_fast.kernels._gemm import row_chunks
-from e2e_fast.kernels._native import array, empty, native
+from e2e_fast.kernels._native import array, native
 from e2e_fast.kernels.decode import gather, inverse_norms
 from e2e_fast.kernels.reference import NORM_EPS
 

@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from e2e_fast.kernels._buffers import empty
 from e2e_fast.kernels._checks import accumulator, check_bias, check_code, check_indices, check_matrix
-from e2e_fast.kernels._native import array, empty, native
+from e2e_fast.kernels._native import array, native
 from e2e_fast.kernels.reference import NORM_EPS
 from e2e_fast.kernels.sparse_code import SparseCode
 

@@ -25,17 +25,18 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from e2e_fast.kernels._buffers import empty
 from e2e_fast.kernels._checks import accumulator, check_bias, check_matrix
 from e2e_fast.kernels._gemm import linear, row_chunks
-from e2e_fast.kernels._native import array, empty, native
+from e2e_fast.kernels._native import array, native
 from e2e_fast.kernels.reference import check_k
 from e2e_fast.kernels.sparse_code import SparseCode
 
 ROWS_AT_ONCE = 4096
 """Tokens that go through the dictionary together on CPU."""
 
-SCREENING = True
-"""Whether CPUs with bfloat16 products may use them to find candidates; the result is the same."""
+SCREENING = ("int8", "bfloat16")
+"""Precisions in which CPUs that multiply them natively may look for candidates, in order; the result is the same."""
 
 SCREENED_SHARE = 64
 """Screening pays while at most one feature in 64 is a candidate: each is scored again in float32."""
@@ -121,44 +122,21 @@ def _select(core: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None, k:
 
 
 def _select_rows(core: ModuleType, x: Tensor, w: Tensor, b: Tensor | None, k: int, limit: int):
-    """A finished Selection of a chunk of rows: all features, a block at a time."""
+    """A finished Selection of a chunk of rows.
+
+    Where the processor multiplies int8 or bfloat16 natively, its products with a proven bound find the candidates
+    (csrc/screen.cpp), which are then scored in float32; else float32 products, a block of features at a time.
+    """
     threads = torch.get_num_threads()
     selection = core.Selection(x.shape[0], k, -1 if k else limit)
-    x_rounded = _round(core, x) if _screens(core, x, w, k) else None
+    if x.shape[1] >= SCREENED_WIDTH and k * SCREENED_SHARE <= w.shape[0]:
+        for precision in filter(core.native_precision, SCREENING):
+            if selection.screen(x.numpy(), w.numpy(), array(b), precision, SCREENED_SHARE, threads):
+                return selection
     for block in row_chunks(w.shape[0], 4 * x.shape[0]):
         bias = None if b is None else b[block]
-        if x_rounded is not None:
-            w_rounded = _round(core, w[block])
-            if all(norm.isfinite().all() for norm in w_rounded[1:]):
-                z = linear(x_rounded[0], w_rounded[0])
-                kept = selection.kept()
-                norms = [norm.numpy() for norm in (*x_rounded[1:], *w_rounded[1:])]
-                selection.add_screened(
-                    z.view(torch.int16).numpy(), block.start, array(bias), *norms, x.shape[1], threads
-                )
-                if not k and selection.kept() - kept > z.numel() // SCREENED_SHARE:
-                    x_rounded = None  # so many candidates that scoring them one by one costs more than the product
-                continue
         selection.add(linear(x, w[block], bias).numpy(), block.start, threads)
-    selection.rescore(x.numpy(), w.numpy(), array(b), threads)
     return selection
-
-
-def _screens(core: ModuleType, x: Tensor, w: Tensor, k: int) -> bool:
-    """Whether bfloat16 products with a bound, then float32 scores of the candidates, beat float32 products.
-
-    The result is the same: the bound is proven (csrc/sparse.hpp). They must be native, wide, and candidates few.
-    """
-    few = k * SCREENED_SHARE <= w.shape[0]
-    return SCREENING and core.has_bfloat16() and x.shape[1] >= SCREENED_WIDTH and few and bool(x.isfinite().all())
-
-
-def _round(core: ModuleType, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x (n, D) in bfloat16, and per row ‖x‖ and ‖x - rounded‖."""
-    rounded = torch.empty(x.shape, dtype=torch.bfloat16)
-    norm, error = torch.empty(x.shape[0]), torch.empty(x.shape[0])
-    core.to_bfloat16(x.numpy(), rounded.view(torch.int16).numpy(), norm.numpy(), error.numpy(), torch.get_num_threads())
-    return rounded, norm, error
 
 
 def _scores(x: Tensor, weight: Tensor, bias: Tensor | None):

@@ -98,55 +98,50 @@ static void nan_scores_are_the_greatest() {
   CHECK(std::isnan(code.values[0]) && std::isnan(code.values[1]));
 }
 
-static float widen(uint16_t half) {
-  const uint32_t bits = static_cast<uint32_t>(half) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
 static void screening_selects_what_exact_scores_select() {
   Random random;
-  const int64_t rows = 6, depth = 37, columns = 900, k = 9;
-  const std::vector<float> x = random.vector(rows * depth, 3), w = random.vector(columns * depth, 2),
-                           bias = random.vector(columns);
-  std::vector<uint16_t> xb(x.size()), wb(w.size()), products(rows * columns);
-  std::vector<float> xn(rows), xe(rows), wn(columns), we(columns), exact(rows * columns);
-  to_bfloat16(x.data(), rows, depth, xb.data(), xn.data(), xe.data(), 2);
-  to_bfloat16(w.data(), columns, depth, wb.data(), wn.data(), we.data(), 2);
-  for (int64_t r = 0; r < rows; ++r) {
-    CHECK(std::abs(xn[r] / std::sqrt(product(&x[r * depth], &x[r * depth], depth)) - 1) < 1e-4);
-    for (int64_t j = 0; j < columns; ++j) {
-      double z = 0;
-      for (int64_t i = 0; i < depth; ++i) z += static_cast<double>(widen(xb[r * depth + i])) * widen(wb[j * depth + i]);
-      const auto rounded = static_cast<float>(z);
-      uint32_t bits;
-      std::memcpy(&bits, &rounded, sizeof bits);
-      products[r * columns + j] = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-      exact[r * columns + j] = static_cast<float>(product(&x[r * depth], &w[j * depth], depth) + bias[j]);
+  for (int64_t depth : {1, 37, 200})
+    for (int64_t rows : {1, 6, 45}) {
+      const int64_t columns = 900;
+      std::vector<float> x = random.vector(rows * depth, 3), w = random.vector(columns * depth, 2);
+      const std::vector<float> bias = random.vector(columns);
+      std::fill_n(&w[5 * depth], depth, 0.f);
+      for (int64_t i = 0; i < depth; ++i) w[6 * depth + i] = w[7 * depth + i] = 1e-39f;  // subnormal
+      std::copy_n(&w[10 * depth], depth, &w[11 * depth]);                                // a tie
+      std::vector<float> exact(rows * columns);
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t j = 0; j < columns; ++j)
+          exact[r * columns + j] =
+              static_cast<float>(product(&x[r * depth], &w[j * depth], depth) + static_cast<double>(bias[j]));
+      for (Precision precision : {Precision::int8, Precision::bfloat16})
+        for (int64_t top : {int64_t{9}, int64_t{0}})
+          for (int threads : {1, 3}) {
+            Selection screened(rows, top, -1), plain(rows, top, -1);
+            CHECK(screened.screen({x.data(), w.data(), bias.data(), columns, depth}, precision, 1, threads));
+            plain.add(exact.data(), columns, 0, 2);
+            const int64_t slots = top ? top : plain.fullest();
+            CHECK(screened.fullest() == plain.fullest() || top);
+            const Code a = finish(screened, rows, slots, 1), b = finish(plain, rows, slots, 1);
+            CHECK(a.indices == b.indices);
+            CHECK(a.count == b.count);
+            for (size_t i = 0; i < a.values.size(); ++i) CHECK(std::abs(a.values[i] - b.values[i]) < 1e-3f);
+          }
     }
-  }
-  for (int64_t top : {k, int64_t{0}}) {
-    Selection screened(rows, top, -1), plain(rows, top, -1);
-    screened.add_screened(products.data(), columns, 0, bias.data(), {xn.data(), xe.data()}, {wn.data(), we.data()}, depth, 2);
-    screened.rescore(x.data(), w.data(), bias.data(), depth, 2);
-    plain.add(exact.data(), columns, 0, 2);
-    const int64_t slots = top ? top : plain.fullest();
-    CHECK(screened.fullest() == plain.fullest() || top);
-    const Code a = finish(screened, rows, slots, 1), b = finish(plain, rows, slots, 1);
-    CHECK(a.indices == b.indices);
-    CHECK(a.count == b.count);
-    for (size_t i = 0; i < a.values.size(); ++i) CHECK(std::abs(a.values[i] - b.values[i]) < 1e-4f);
-  }
 }
 
-static void rounding_to_bfloat16_is_to_nearest_even() {
-  const std::vector<float> x{1.f, 1.00390625f, 1.01171875f, -2.5f, 0.f};  // the second and third lie half-way
-  std::vector<uint16_t> half(5);
-  float norm, error;
-  to_bfloat16(x.data(), 1, 5, half.data(), &norm, &error, 1);
-  CHECK(widen(half[0]) == 1.f && widen(half[1]) == 1.f && widen(half[2]) == 1.015625f && widen(half[3]) == -2.5f);
-  CHECK(error >= std::sqrt(2 * std::pow(2.0, -16)) && error < 0.0056f);
+static void screening_gives_up_on_too_many_candidates_and_on_what_is_not_finite() {
+  Random random;
+  const int64_t rows = 40, depth = 12, columns = 500;
+  std::vector<float> x = random.vector(rows * depth), w = random.vector(columns * depth);
+  const Scoring job{x.data(), w.data(), nullptr, columns, depth};
+  Selection selection(rows, 0, -1);
+  CHECK(!selection.screen(job, Precision::int8, 3, 2));  // half of all features are positive
+  CHECK(selection.fullest() == 0);
+  CHECK(selection.screen(job, Precision::int8, 1, 2));
+  for (float bad : {NAN, INFINITY, 1e38f}) {  // 1e38: its square is infinite
+    x[rows * depth - 1] = bad;
+    CHECK(!Selection(rows, 3, -1).screen(job, Precision::bfloat16, 1, 2));
+  }
 }
 
 static void decode_and_backward_match_loops() {
@@ -234,7 +229,7 @@ int main() {
   at_every_level(selection_without_k_keeps_the_positive_up_to_the_limit);
   at_every_level(nan_scores_are_the_greatest);
   at_every_level(screening_selects_what_exact_scores_select);
-  at_every_level(rounding_to_bfloat16_is_to_nearest_even);
+  at_every_level(screening_gives_up_on_too_many_candidates_and_on_what_is_not_finite);
   at_every_level(decode_and_backward_match_loops);
   at_every_level(indices_out_of_range_are_refused);
   at_every_level(empty_inputs_are_legal);

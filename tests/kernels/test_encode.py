@@ -64,18 +64,23 @@ def test_relu_with_a_capacity_keeps_the_first_and_reports_the_true_count(route, 
     torch.testing.assert_close(code.values, expected.values)
 
 
-def test_screened_scores_select_exactly_what_float32_scores_select(monkeypatch):
+@pytest.mark.parametrize("precision", ["int8", "bfloat16"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_screened_scores_select_exactly_what_float32_scores_select(monkeypatch, precision, threads):
     core = _native.native()
-    if core is None or not core.has_bfloat16():
-        pytest.skip("this processor has no bfloat16 products: nothing is screened")
+    if core is None or not core.native_precision(precision):
+        pytest.skip(f"this processor has no {precision} products: nothing is screened")
     N, D, F, k = 96, 256, 12000, 24
     x, W, b = inputs(N, D, F)
     x *= torch.logspace(-3, 3, N)[:, None]
     W[::7] *= 20  # rows of very different norms
     W[5:3000] = W[5] + 1e-4 * torch.randn(2995, D)  # thousands of near ties
+    W[4000:4100] = 0
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(encode, "SCREENED_SHARE", 2)  # never give up: the selection must be right all the same
     for bias in (None, b, 100 * b, b - 3):
         codes = []
-        for screening in (True, False):
+        for screening in ((precision,), ()):
             monkeypatch.setattr(encode, "SCREENING", screening)
             codes.append((kernels.encode_topk(x, W, bias, k), kernels.encode_relu(x, W, bias)))
         exact = torch.relu(nnf.linear(x.double(), W.double(), None if bias is None else bias.double()))
@@ -88,6 +93,41 @@ def test_screened_scores_select_exactly_what_float32_scores_select(monkeypatch):
             cut = torch.where(screened.values > 0, screened.values, torch.inf).amin(1, keepdim=True)
             assert bool(((exact - cut).abs() <= rounding)[either].all())
             assert int(either.sum()) <= both.sum() // 100
+
+
+@pytest.mark.parametrize("precision", ["int8", "bfloat16"])
+def test_screening_is_in_use_and_steps_aside_where_it_cannot_pay(precision):
+    core = _native.native()
+    if core is None or not core.native_precision(precision):
+        pytest.skip(f"this processor has no {precision} products: nothing is screened")
+    x, W, b = inputs(64, 192, 6000)
+
+    def screen(x, W, b, k=8):
+        selection = core.Selection(len(x), k, -1)
+        return selection.screen(x.numpy(), W.numpy(), b.numpy(), precision, encode.SCREENED_SHARE, 2)
+
+    assert screen(x, W, b)
+    assert not screen(x, W, b, k=0)  # half of all features fire
+    assert screen(x, W, b - 20, k=0)
+    assert not screen(x, W[:1].expand(6000, -1).contiguous(), 0 * b)  # all equal: all are candidates
+    for bad in (torch.nan, torch.inf):
+        broken = [x.clone(), W.clone(), b.clone()]
+        for tensor in broken:
+            tensor.view(-1)[-1] = bad
+        assert not screen(broken[0], W, b)
+        assert not screen(x, broken[1], b)
+        assert not screen(x, W, broken[2])
+
+
+@pytest.mark.parametrize("width", [128, 131, 768])
+def test_screened_selection_of_outlier_dimensions(width):
+    # As in residual streams: a few dimensions a hundred times as large as the others.
+    x, W, b = inputs(40, width, 7000)
+    x[:, [3, 77]] *= 100
+    W[:, [3, 90]] *= 10
+    code, exact = kernels.encode_topk(x, W, b, 16), reference.encode_topk(x.double(), W.double(), b.double(), 16)
+    assert torch.equal(code.indices.long(), exact.indices)
+    torch.testing.assert_close(code.values.double(), exact.values, rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16_weights_are_ranked_by_float32_scores(route):

@@ -1,0 +1,68 @@
+typedef int8_t ByteLanes __attribute__((vector_size(kLanes)));
+
+static float dot_rows(const float* a, const float* b, int64_t n) { return dot(a, b, n); }
+
+/// Rounds a row to int8: out = scale, ‖x‖², ‖x - scale · stored‖². Tiny rows are stored as zeros.
+static void row_to_int8(const float* x, int64_t n, int8_t* stored, float* out) {
+  Lanes peaks{};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t m = n - i < kLanes ? n - i : kLanes;
+    peaks = greater(peaks, absolute(m == kLanes ? load(x + i) : load_part(x + i, m, 0)));
+  }
+  const float peak = largest(peaks);
+  const float scale = peak / 127, inverse = peak > 0x1p-100f ? 127 / peak : 0;
+  constexpr float kRound = 0x1.8p23f;  // adding it leaves an integer, rounded to nearest even
+  Lanes square{}, error{};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t m = n - i < kLanes ? n - i : kLanes;
+    const Lanes v = m == kLanes ? load(x + i) : load_part(x + i, m, 0);
+    const Lanes level = (v * inverse + kRound) - kRound;
+    const Lanes gap = v - level * scale;
+    square += v * v;
+    error += gap * gap;
+    const ByteLanes bytes = __builtin_convertvector(__builtin_convertvector(level, IntLanes), ByteLanes);
+    __builtin_memcpy(stored + i, &bytes, static_cast<size_t>(m));
+  }
+  out[0] = scale;
+  out[1] = sum(square);
+  out[2] = sum(error);
+}
+
+/// Rounds a row to bfloat16, to nearest even: out = 1, ‖x‖², ‖x - stored‖².
+static void row_to_bfloat16(const float* x, int64_t n, uint16_t* stored, float* out) {
+  Lanes square{}, error{};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t m = n - i < kLanes ? n - i : kLanes;
+    const Lanes v = m == kLanes ? load(x + i) : load_part(x + i, m, 0);
+    const WordLanes bits = (WordLanes)v;
+    const WordLanes even = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
+    const Lanes gap = v - (Lanes)even;
+    square += v * v;
+    error += gap * gap;
+    const HalfLanes s = __builtin_convertvector(even >> 16, HalfLanes);
+    __builtin_memcpy(stored + i, &s, static_cast<size_t>(m) * sizeof(uint16_t));
+  }
+  out[0] = 1;
+  out[1] = sum(square);
+  out[2] = sum(error);
+}
+
+/// The columns of a tile whose score may exceed each row's limit: found[r] of them at hits + 48 r.
+static void screen_tile(const float* tile, int64_t height, const RowSide* rows, const ColumnSide& columns,
+                        const float* limit, int32_t first, Candidate* hits, int32_t* found) {
+  for (int64_t r = 0; r < height; ++r) {
+    Candidate* const out = hits + r * kTileCols;
+    int32_t count = 0;
+    for (int64_t c = 0; c < kTileCols; c += kLanes) {
+      const Lanes score = load(tile + r * kTileCols + c) * rows[r].scale * load(columns.scale + c) + load(columns.bias + c);
+      const Lanes radius = rows[r].by_norm * load(columns.norm + c) +
+                           (rows[r].by_error * load(columns.error + c) + load(columns.slack + c));
+      const Lanes upper = score + radius, lower = score - radius;
+      for (uint32_t bits = not_below(upper, limit[r]); bits; bits &= bits - 1) {
+        const int lane = __builtin_ctz(bits);
+        out[count++] = {upper[lane], lower[lane], first + static_cast<int32_t>(c) + lane};
+      }
+    }
+    found[r] = count;
+  }
+}
