@@ -12,6 +12,8 @@ import transformers
 
 from benchmarks import straightforward
 from e2e_fast import SAE, load_lm, losses
+from e2e_fast.kernels._gemm import linear, row_chunks
+from e2e_fast.kernels.linear_kl import CHUNK_BYTES
 from e2e_fast.step import training_step
 
 LAYER, POSITION, SPARSITY = 2, "blocks.2.hook_resid_pre", 1.0
@@ -62,4 +64,29 @@ def test_step(duel: Callable[..., Any], kind: str, l0: float | None) -> None:
         (ours.W_dec.grad, theirs.decoder.weight.grad.T),
     ):
         assert (got - want).norm() <= 1e-3 * want.norm()
-    duel(f"{kind} step {'at L0 50' if l0 else 'at initialisation'}", run_ours, run_baseline)
+    floor = local_floor if kind == "local" else e2e_floor
+    duel(
+        f"{kind} step {'at L0 50' if l0 else 'at initialisation'}",
+        run_ours,
+        run_baseline,
+        floor=lambda: floor(lm, ours, tokens),
+    )
+
+
+def local_floor(lm: Any, sae: SAE, tokens: torch.Tensor) -> None:
+    """The prefix and the encoder's product; the sparse rest counts as free."""
+    x = lm.original(tokens, at=POSITION, suffix=False)[POSITION]
+    linear(x.flatten(0, 1), sae.W_enc.detach())
+
+
+def e2e_floor(lm: Any, sae: SAE, tokens: torch.Tensor) -> None:
+    """Prefix and teacher, the encoder's product, the student and its gradient, three products with the unembedding."""
+    original = lm.original(tokens, at=POSITION)
+    linear(original[POSITION].flatten(0, 1), sae.W_enc.detach())
+    x = original[POSITION].clone().requires_grad_()
+    hidden = original.splice(x).final
+    hidden.backward(torch.ones_like(hidden))
+    weight, flat = lm.unembed.weight, hidden.detach().flatten(0, 1)
+    for rows in row_chunks(flat.shape[0], 4 * weight.shape[0], CHUNK_BYTES):
+        linear(flat[rows], weight)
+        linear(linear(flat[rows], weight), weight.t())

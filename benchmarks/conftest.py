@@ -27,10 +27,17 @@ class Duel(NamedTuple):
     """Smallest and largest ratio over the rounds."""
     ours_bytes: int
     baseline_bytes: int
+    floor: float | None = None
+    """Seconds of the part of the work that no way of doing it leaves out, by the fastest routines known here."""
 
     @property
     def speedup(self) -> float:
         return self.baseline / self.ours
+
+    @property
+    def limit(self) -> float | None:
+        """The speedup that would be left if all but the floor took no time."""
+        return None if self.floor is None else self.baseline / self.floor
 
     @property
     def memory(self) -> float:
@@ -43,9 +50,15 @@ RESULTS = pytest.StashKey[list[Duel]]()
 
 @pytest.fixture
 def duel(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., Duel]:
-    """``duel(name, ours, baseline, rounds=7)``: both are warmed up, then run alternately; the ratio is of medians."""
+    """``duel(name, ours, baseline, rounds=7, floor=None)``: all are warmed up, then run in turn; medians of the rounds."""
 
-    def run(name: str, ours: Callable[[], Any], baseline: Callable[[], Any], rounds: int = 7) -> Duel:
+    def run(
+        name: str,
+        ours: Callable[[], Any],
+        baseline: Callable[[], Any],
+        rounds: int = 7,
+        floor: Callable[[], Any] | None = None,
+    ) -> Duel:
         peaks = []
         for work in (ours, baseline):
             work()
@@ -54,22 +67,19 @@ def duel(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., Duel]:
             with PeakMemory() as peak:
                 work()
             peaks.append(peak.bytes)
-        pairs = []
+        works = [ours, baseline, *([] if floor is None else [floor])]
+        works[-1]()
+        turns = []
         for _ in range(rounds):
             times = []
-            for work in (ours, baseline):
+            for work in works:
                 start = time.perf_counter()
                 work()
                 times.append(time.perf_counter() - start)
-            pairs.append(times)
-        ratios = [slow / fast for fast, slow in pairs]
-        result = Duel(
-            name,
-            statistics.median(p[0] for p in pairs),
-            statistics.median(p[1] for p in pairs),
-            (min(ratios), max(ratios)),
-            *peaks,
-        )
+            turns.append(times)
+        medians = [statistics.median(times) for times in zip(*turns, strict=True)]
+        ratios = [slow / fast for fast, slow, *_ in turns]
+        result = Duel(name, *medians[:2], (min(ratios), max(ratios)), *peaks, medians[2] if floor is not None else None)
         benchmark.extra_info.update(result._asdict())
         benchmark.pedantic(ours, rounds=rounds)
         request.config.stash.setdefault(RESULTS, []).append(result)
@@ -103,9 +113,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if file := config.getoption("--record"):
         record(results, Path(file))
     terminalreporter.section("ratios: both sides timed alternately in this run, medians")
-    terminalreporter.write_line(f"{'':52}{'ours':>10}{'baseline':>11}{'faster':>9}{'(range)':>15}{'memory':>9}")
+    terminalreporter.write_line(
+        f"{'':52}{'ours':>10}{'baseline':>11}{'faster':>9}{'(range)':>15}{'memory':>9}{'floor':>11}{'at most':>9}"
+    )
     for r in results:
         spread = f"({r.spread[0]:.1f}–{r.spread[1]:.1f})"
         terminalreporter.write_line(
             f"{r.name:52}{r.ours * 1e3:8.1f}ms{r.baseline * 1e3:9.1f}ms{r.speedup:8.2f}x{spread:>15}{r.memory:8.2f}x"
+            + ("" if r.floor is None else f"{r.floor * 1e3:9.1f}ms{r.limit:8.2f}x")
         )

@@ -171,7 +171,11 @@ bool Selection::screen(const Scoring& job, Precision precision, int64_t share, i
           for (int64_t i = 0; i < height; ++i)
             if (found[i]) append(rows_[r + i], hits.data() + i * kTileCols, found[i]);
         }
-      for (int64_t r = first; r < last; ++r) drop_losers(rows_[r]);
+      if (k_)
+        for (int64_t r = first; r < last; ++r) {
+          raise_bound(rows_[r]);
+          drop_losers(rows_[r]);
+        }
     });
   };
   const int64_t trial = std::min(rows(), kFirstRows);
@@ -203,8 +207,8 @@ void Selection::rescore(const Scoring& job, int threads) {
       for (int64_t r = begin; r < end; ++r) {
         Row& row = rows_[r];
         row.best.clear();
-        for (size_t i = 0; i < std::min<size_t>(row.kept.size(), k_); ++i) row.best.push_back(order(row.kept[i].lower));
-        std::make_heap(row.best.begin(), row.best.end(), std::greater<>());
+        for (const Candidate& c : row.kept) row.best.push_back(order(c.lower));
+        raise_bound(row);
         drop_losers(row);
       }
     });

@@ -58,31 +58,28 @@ void Selection::add(const float* scores, int64_t columns, int64_t first, int thr
   });
 }
 
-/// Candidates come in ascending order of their features, so a later one must exceed the threshold: of equal scores the
-/// earlier wins.
 void Selection::append(Row& row, const Candidate* found, int64_t count) const {
   row.kept.insert(row.kept.end(), found, found + count);
   if (!k_) return;
-  for (int64_t i = 0; i < count; ++i) {
-    const int32_t key = order(found[i].lower);
-    if (static_cast<int64_t>(row.best.size()) < k_) {
-      row.best.push_back(key);
-    } else if (key > row.best.front()) {
-      std::pop_heap(row.best.begin(), row.best.end(), std::greater<>());
-      row.best.back() = key;
-    } else {
-      continue;
-    }
-    std::push_heap(row.best.begin(), row.best.end(), std::greater<>());
-  }
-  if (static_cast<int64_t>(row.best.size()) == k_ && row.best.front() > 0 && row.best.front() != INT32_MAX)
-    std::memcpy(&row.threshold, &row.best.front(), sizeof row.threshold);  // a positive number is its own key
-  if (static_cast<int64_t>(row.kept.size()) > std::max(row.room, 8 * k_ + 32)) drop_losers(row);
+  for (int64_t i = 0; i < count; ++i)
+    if (const int32_t key = order(found[i].lower); key > row.bound) row.best.push_back(key);
+  if (static_cast<int64_t>(row.best.size()) > 2 * k_ + 64) raise_bound(row);
+  if (static_cast<int64_t>(row.kept.size()) > std::max(row.room, 8 * k_ + 64)) drop_losers(row);
+}
+
+/// Candidates come in ascending order of their features, so a later one must exceed the k-th greatest lower bound: of
+/// equal scores the earlier wins.
+void Selection::raise_bound(Row& row) const {
+  if (static_cast<int64_t>(row.best.size()) < k_) return;
+  std::nth_element(row.best.begin(), row.best.begin() + (k_ - 1), row.best.end(), std::greater<>());
+  row.best.resize(k_);
+  row.bound = row.best.back();
+  if (row.bound > 0 && row.bound != INT32_MAX)
+    std::memcpy(&row.threshold, &row.bound, sizeof row.bound);  // a positive number is its own key
 }
 
 void Selection::drop_losers(Row& row) const {
-  if (!k_ || static_cast<int64_t>(row.best.size()) < k_) return;
-  std::erase_if(row.kept, [&](const Candidate& c) { return order(c.upper) < row.best.front(); });
+  std::erase_if(row.kept, [&](const Candidate& c) { return order(c.upper) < row.bound; });
   row.room = 3 * static_cast<int64_t>(row.kept.size());
 }
 
@@ -117,6 +114,8 @@ void Selection::finish(float* values, int32_t* indices, int32_t* count, int64_t 
     for (int64_t r = begin; r < end; ++r) {
       Row& row = rows_[r];
       if (k_) {
+        raise_bound(row);
+        drop_losers(row);
         keep_best(row.kept);
         std::sort(row.kept.begin(), row.kept.end(), better);
       }

@@ -48,13 +48,17 @@ class Selection {
  private:
   struct Row {
     std::vector<Candidate> kept;
-    float threshold = 0;        // nothing <= it can be selected: relu drops what is not positive
-    int64_t active = 0;         // positive scores found, stored or not
-    std::vector<int32_t> best;  // with k: the k greatest lower bounds (see order()), a heap with the least in front
-    int64_t room = 0;           // with k: how many to keep before losers are looked for
+    float threshold = 0;  // nothing <= it can be selected: relu drops what is not positive
+    int64_t active = 0;   // positive scores found, stored or not
+    // With k: the greatest lower bounds as keys (see order()), at least the k best of them; of those the least once there
+    // are k, which no winner's upper bound lies below; how many candidates to keep before losers are looked for.
+    std::vector<int32_t> best;
+    int32_t bound = INT32_MIN;
+    int64_t room = 0;
   };
 
   void append(Row& row, const Candidate* found, int64_t count) const;
+  void raise_bound(Row& row) const;
   void drop_losers(Row& row) const;
   void keep_best(std::vector<Candidate>& kept) const;
   void rescore(const Scoring& job, int threads);

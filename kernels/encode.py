@@ -41,7 +41,7 @@ SCREENING = ("int8", "bfloat16")
 SCREENED_SHARE = 64
 """Screening pays while at most one feature in 64 is a candidate: each is scored again in float32."""
 
-SCREENED_WIDTH = 128
+SCREENED_WIDTH = 64
 """Screening pays from this D on."""
 
 
