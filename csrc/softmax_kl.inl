@@ -72,28 +72,35 @@ struct Sums {
   double teacher, student, cross;  // Σ e_t, Σ e_s, Σ e_t (t - s), all shifted by the rows' maxima
 };
 
-/// Adds one register of shifted logits to the sums; returns e_t.
-E2E_INLINE Lanes accumulate(Lanes t, Lanes s, Lanes& sum_t, Lanes& sum_s, Lanes& cross) {
-  const Lanes e = exp(t);
-  sum_t += e;
-  sum_s += exp(s);
-  cross += e == 0.f ? Lanes{} : e * (t - s);  // e = 0 may stand beside t - s = -inf or NaN
-  return e;
+/// Adds one register of shifted logits to the sums; `t` and `s` become e_t and e_s.
+E2E_INLINE void accumulate(Lanes& t, Lanes& s, Lanes& sum_t, Lanes& sum_s, Lanes& cross) {
+  const Lanes gap = t - s;
+  t = exp(t);
+  s = exp(s);
+  sum_t += t;
+  sum_s += s;
+  cross += t == 0.f ? Lanes{} : t * gap;  // e_t = 0 may stand beside t - s = -inf or NaN
 }
 
-/// The three sums; leaves e_t = exp(t - max_t) in `t`.
-E2E_INLINE Sums row_sums(float* t, const float* s, int64_t n, float max_t, float max_s) {
+/// The three sums; leaves e_t = exp(t - max_t) in `t` and, unless a cap needs the logits themselves, e_s in `s`.
+E2E_INLINE Sums row_sums(float* t, float* s, int64_t n, float max_t, float max_s, bool capped) {
   constexpr int64_t kSegment = 2048;
   Sums sums{0, 0, 0};
   for (int64_t start = 0; start < n; start += kSegment) {
     const int64_t end = n - start < kSegment ? n : start + kSegment;
     Lanes sum_t{}, sum_s{}, cross{};
     int64_t i = start;
-    for (; i + kLanes <= end; i += kLanes)
-      store(t + i, accumulate(load(t + i) - max_t, load(s + i) - max_s, sum_t, sum_s, cross));
+    for (; i + kLanes <= end; i += kLanes) {
+      Lanes e_t = load(t + i) - max_t, e_s = load(s + i) - max_s;
+      accumulate(e_t, e_s, sum_t, sum_s, cross);
+      store(t + i, e_t);
+      if (!capped) store(s + i, e_s);
+    }
     if (i < end) {
-      const Lanes t_part = load_part(t + i, end - i, -INFINITY), s_part = load_part(s + i, end - i, -INFINITY);
-      store_part(t + i, accumulate(t_part - max_t, s_part - max_s, sum_t, sum_s, cross), end - i);
+      Lanes e_t = load_part(t + i, end - i, -INFINITY) - max_t, e_s = load_part(s + i, end - i, -INFINITY) - max_s;
+      accumulate(e_t, e_s, sum_t, sum_s, cross);
+      store_part(t + i, e_t, end - i);
+      if (!capped) store_part(s + i, e_s, end - i);
     }
     sums.teacher += sum(sum_t);
     sums.student += sum(sum_s);
@@ -107,11 +114,12 @@ struct Gradient {
   float max_s, ratio, inverse, cap_inverse;  // ratio = Σe_s / Σe_t, inverse = 1 / Σe_s, cap_inverse = 0 without a cap
 };
 
-/// (e_s - e_t · ratio) · inverse [· (1 - (s/c)²)]: written so that equal rows give exactly 0, fused or not.
+/// (e_s - e_t · ratio) · inverse [· (1 - (s/c)²)]: written so that equal rows give exactly 0, fused or not. With a cap s is
+/// the capped logit, else e_s already.
 E2E_INLINE Lanes difference(Lanes e_t, Lanes s, const Gradient& row) {
+  if (row.cap_inverse == 0) return (s - e_t * row.ratio) * row.inverse;
   const Lanes y = s * row.cap_inverse;
-  const Lanes d = (exp(s - row.max_s) - e_t * row.ratio) * row.inverse;
-  return row.cap_inverse == 0 ? d : d * (1.f - y * y);
+  return (exp(s - row.max_s) - e_t * row.ratio) * row.inverse * (1.f - y * y);
 }
 
 E2E_INLINE void row_gradient(const float* e_t, float* s, int64_t n, const Gradient& row) {
@@ -126,7 +134,7 @@ static float softmax_kl_row(float* t, float* s, int64_t n, float softcap, bool n
     cap_row(s, n, softcap);
   }
   const float max_t = row_max(t, n), max_s = row_max(s, n);
-  const Sums sums = row_sums(t, s, n, max_t, max_s);
+  const Sums sums = row_sums(t, s, n, max_t, max_s, softcap > 0);
   if (need_grad)
     row_gradient(t, s, n,
                  {max_s, static_cast<float>(sums.student / sums.teacher), static_cast<float>(1 / sums.student),

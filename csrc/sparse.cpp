@@ -20,6 +20,15 @@
 #include <malloc.h>
 #endif
 
+namespace e2e {
+
+/// A used slot of a code: values[token, place].
+struct Slot {
+  int32_t token, place;
+};
+
+}  // namespace e2e
+
 #define E2E_KERNELS "sparse.inl"
 #include "for_each_simd.hpp"
 
@@ -158,22 +167,23 @@ void decode(const float* values, const int32_t* indices, int64_t rows, int64_t s
 }
 
 void code_backward(const Backward& job, int threads) {
-  const int64_t size = job.rows * job.slots;
-  // The transposed code: positions of each feature's used slots, ascending (a counting sort).
-  std::vector<int64_t> start(job.features + 1, 0), slots;
-  for (int64_t i = 0; i < size; ++i) {
+  // The transposed code: each feature's used slots, tokens ascending (a counting sort).
+  std::vector<int64_t> start(job.features + 1, 0);
+  for (int64_t i = 0; i < job.rows * job.slots; ++i) {
     check_index(job.indices[i], job.features);
     if (!(job.values[i] <= 0)) ++start[job.indices[i] + 1];
   }
   std::partial_sum(start.begin(), start.end(), start.begin());
-  slots.resize(start.back());
+  std::vector<Slot> slots(start.back());
   std::vector<int64_t> next(start.begin(), start.end() - 1);
-  for (int64_t i = 0; i < size; ++i) {
-    if (job.values[i] <= 0)
-      job.dvalues[i] = 0;
-    else
-      slots[next[job.indices[i]]++] = i;
-  }
+  for (int64_t n = 0; n < job.rows; ++n)
+    for (int64_t k = 0; k < job.slots; ++k) {
+      const int64_t i = n * job.slots + k;
+      if (job.values[i] <= 0)
+        job.dvalues[i] = 0;
+      else
+        slots[next[job.indices[i]]++] = {static_cast<int32_t>(n), static_cast<int32_t>(k)};
+    }
   // Gradients larger than the caches are not read before they are complete: writing past the caches saves fetching them.
   const auto aligned = [&](const float* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; };
   const bool past_caches = job.features * job.width >= kCached && job.width % 16 == 0 && aligned(job.dW_dec) && aligned(job.dW_enc);

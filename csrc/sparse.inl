@@ -67,9 +67,8 @@ E2E_INLINE void write_row(float* y, const float* x, int64_t n, bool past_caches)
   for (int64_t i = 0; i < n; i += kLanes) stream(y + i, load(x + i));
 }
 
-/// Feature j with its tokens: slots[0, n) are positions in the (N, K) arrays, ascending. Sums are formed in `scratch`
-/// (2 D), and written to the results' rows once.
-static void backward_feature(const Backward& job, int64_t j, const int64_t* slots, int64_t n, bool past_caches,
+/// Feature j with its slots, tokens ascending. Sums are formed in `scratch` (2 D), and written to the results' rows once.
+static void backward_feature(const Backward& job, int64_t j, const Slot* slots, int64_t n, bool past_caches,
                              float* scratch) {
   const int64_t D = job.width;
   float* const a = job.dW_dec ? scratch : nullptr;
@@ -79,7 +78,7 @@ static void backward_feature(const Backward& job, int64_t j, const int64_t* slot
   const float s = w && n && job.normalize ? row_scale(w, D) : 1;
   float db = 0;
   for (int64_t i = 0; i < n; ++i) {
-    const int64_t slot = slots[i], token = slot / job.slots;
+    const int64_t token = slots[i].token, slot = token * job.slots + slots[i].place;
     float dv = job.dvalues_in ? job.dvalues_in[slot] : 0;
     if (w) {
       const float* const g = job.g + token * D;
