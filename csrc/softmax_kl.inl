@@ -82,8 +82,8 @@ E2E_INLINE void accumulate(Lanes& t, Lanes& s, Lanes& sum_t, Lanes& sum_s, Lanes
   cross += t == 0.f ? Lanes{} : t * gap;  // e_t = 0 may stand beside t - s = -inf or NaN
 }
 
-/// The three sums; leaves e_t = exp(t - max_t) in `t` and, unless a cap needs the logits themselves, e_s in `s`.
-E2E_INLINE Sums row_sums(float* t, float* s, int64_t n, float max_t, float max_s, bool capped) {
+/// The three sums; leaves e_t = exp(t - max_t) in `t` and, if so asked, e_s in `s`.
+E2E_INLINE Sums row_sums(float* t, float* s, int64_t n, float max_t, float max_s, bool keep_s) {
   constexpr int64_t kSegment = 2048;
   Sums sums{0, 0, 0};
   for (int64_t start = 0; start < n; start += kSegment) {
@@ -94,13 +94,13 @@ E2E_INLINE Sums row_sums(float* t, float* s, int64_t n, float max_t, float max_s
       Lanes e_t = load(t + i) - max_t, e_s = load(s + i) - max_s;
       accumulate(e_t, e_s, sum_t, sum_s, cross);
       store(t + i, e_t);
-      if (!capped) store(s + i, e_s);
+      if (keep_s) store(s + i, e_s);
     }
     if (i < end) {
       Lanes e_t = load_part(t + i, end - i, -INFINITY) - max_t, e_s = load_part(s + i, end - i, -INFINITY) - max_s;
       accumulate(e_t, e_s, sum_t, sum_s, cross);
       store_part(t + i, e_t, end - i);
-      if (!capped) store_part(s + i, e_s, end - i);
+      if (keep_s) store_part(s + i, e_s, end - i);
     }
     sums.teacher += sum(sum_t);
     sums.student += sum(sum_s);
@@ -134,7 +134,7 @@ static float softmax_kl_row(float* t, float* s, int64_t n, float softcap, bool n
     cap_row(s, n, softcap);
   }
   const float max_t = row_max(t, n), max_s = row_max(s, n);
-  const Sums sums = row_sums(t, s, n, max_t, max_s, softcap > 0);
+  const Sums sums = row_sums(t, s, n, max_t, max_s, need_grad && softcap <= 0);  // a cap needs s again
   if (need_grad)
     row_gradient(t, s, n,
                  {max_s, static_cast<float>(sums.student / sums.teacher), static_cast<float>(1 / sums.student),
