@@ -182,14 +182,15 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, g, dvalues, dindices, dcount):
-    gradients, _ = _weight_gradients(ctx, *ctx.saved_tensors, g, dvalues)
+    gradients, _ = _weight_gradients(ctx, ctx.saved_tensors, g, dvalues)
     return *gradients, *(None,) * 5
 
 
-def _weight_gradients(ctx, x, W_enc, W_dec, values, indices, inverse_norms, g, dvalues):
+def _weight_gradients(ctx, saved, g, dvalues):
     """Those of x, W_enc, b_enc, W_dec and b_dec, None where not needed; and dvalues, where anything arrived."""
     if g is None and dvalues is None:
         return (None,) * 5, None
+    x, W_enc, W_dec, values, indices, inverse_norms = saved
     need_x, need_W_enc, need_b_enc, need_W_dec, need_b_dec, *_ = ctx.needs_input_grad
     enc_dtype, dec_dtype = ctx.bias_dtypes
     need_W_dec = need_W_dec and g is not None
@@ -247,7 +248,7 @@ def _setup_context_jump(ctx, inputs, output):
 
 def _backward_jump(ctx, g, dvalues, dindices, dcount, dl0, dband):
     *saved, threshold, band = ctx.saved_tensors
-    gradients, dv = _weight_gradients(ctx, *saved, g, dvalues)
+    gradients, dv = _weight_gradients(ctx, saved, g, dvalues)
     dthreshold = None
     if ctx.needs_input_grad[5]:
         if dv is not None:
@@ -405,8 +406,10 @@ def _dense_backward(
     dthreshold = x.new_empty(0) if threshold is None else torch.zeros_like(threshold, dtype=accumulator(threshold))
     for block in _feature_blocks(values):
         c = values[:, block]
-        unit = None if g_dec is None else _unit(W_dec, block, normalize, inverse_norms)
-        dz = torch.zeros_like(c) if unit is None else linear(g_dec, unit).to(dtype)
+        if g_dec is None:
+            dz = torch.zeros_like(c)
+        else:
+            dz = linear(g_dec, _unit(W_dec, block, normalize, inverse_norms)).to(dtype)
         if dvalues is not None:
             dz.add_(dvalues[:, block])
         if threshold is not None and band is not None and bandwidth > 0:

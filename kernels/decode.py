@@ -139,7 +139,7 @@ def _backward(ctx, dy):
         dweight, _, _, dvalues, _ = torch.ops.e2e_fast.code_backward(
             values, indices, None, dy, weight, None, None, ctx.normalize, need_weight, False, False, inverse_norms
         )
-    if need_values and band is not None:
+    if dvalues is not None and need_values and band is not None:
         from e2e_fast.kernels.code_backward import silent_gradients  # which imports this module
 
         dvalues += silent_gradients(values, indices, band, None, dy, weight, ctx.normalize, inverse_norms)

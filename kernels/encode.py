@@ -424,11 +424,12 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dvalues, dindices, dcount):
     if dvalues is None:
         return None, None, None, *ctx.rest
-    return *_encoder_gradients(ctx, *ctx.saved_tensors, dvalues), *ctx.rest
+    return *_encoder_gradients(ctx, ctx.saved_tensors, dvalues), *ctx.rest
 
 
-def _encoder_gradients(ctx, x, weight, values, indices, dvalues):
+def _encoder_gradients(ctx, saved, dvalues):
     """dx, dweight and dbias."""
+    x, weight, values, indices = saved
     need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
     _, dweight, dbias, _, dx = torch.ops.e2e_fast.code_backward(
         values, indices, dvalues, None, None, x, weight, False, False, need_weight or need_bias, need_x
@@ -451,12 +452,12 @@ def _setup_context_jump(ctx, inputs, output):
 
 
 def _backward_jump(ctx, dvalues, dindices, dcount, dl0, dband):
-    x, weight, values, indices, threshold, band = ctx.saved_tensors
+    *saved, threshold, band = ctx.saved_tensors
     dx = dweight = dbias = dthreshold = None
     if dvalues is not None:
-        dx, dweight, dbias = _encoder_gradients(ctx, x, weight, values, indices, dvalues)
+        dx, dweight, dbias = _encoder_gradients(ctx, saved, dvalues)
     if ctx.needs_input_grad[3]:
-        dthreshold = threshold_gradient(indices, band, dvalues, dl0, threshold, ctx.bandwidth)
+        dthreshold = threshold_gradient(saved[3], band, dvalues, dl0, threshold, ctx.bandwidth)
     return dx, dweight, dbias, dthreshold, None, None
 
 

@@ -127,9 +127,9 @@ def test_inverse_norms_that_are_known_are_used(route):
     ways: list[dict[str, Any]] = [{"k": 3}, {}, {"capacity": F}, {"threshold": torch.full((F,), 0.2).double()}]
     for options in ways:
         results = []
-        for given in ({}, {"inverse_norms": norms}):
+        for given in (None, norms):
             W = W_dec.clone().requires_grad_()
-            x_hat, _ = kernels.autoencode(x, W_enc, b_enc, W, b_dec, **options, **given)
+            x_hat, _ = kernels.autoencode(x, W_enc, b_enc, W, b_dec, inverse_norms=given, **options)
             results.append((x_hat, torch.autograd.grad(x_hat.square().sum(), W)))
         torch.testing.assert_close(*results)
 
