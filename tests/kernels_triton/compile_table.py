@@ -52,12 +52,25 @@ def _gather(weight: str, **changes: Any) -> dict[str, Any]:
     return arguments | {"ACC": "fp32"} | changes
 
 
+SPANS = {"offsets_ptr": "*i64", "by_count_ptr": "*i64", "ranks_ptr": "*i64", "ends_ptr": "*i64"}
+SPANS |= {"segment": "i32", "extra": "i32", "scale_ptr": "*fp32", "F": "i32:16", "D": "i32:16", "largest_scale": "fp32"}
+SPANS |= dict.fromkeys(("dW_dec_ptr", "dW_enc_ptr", "db_enc_ptr"), "*fp32")
+SPANS |= dict.fromkeys(("partial_a_ptr", "partial_e_ptr", "partial_db_ptr"), "*fp32")
+
+
 def _backward(storage: str, D: int, **changes: Any) -> dict[str, Any]:
-    arguments = {"order_ptr": "*i64", "offsets_ptr": "*i64", "launch_order_ptr": "*i64", "values_ptr": "*fp32"}
-    arguments |= {"dvalues_ptr": "*fp32", "g_ptr": storage, "W_dec_ptr": storage, "scale_ptr": "*fp32"}
-    arguments |= {"x_ptr": storage, "dW_dec_ptr": "*fp32", "dW_enc_ptr": "*fp32", "db_enc_ptr": "*fp32"}
-    arguments |= {"out_ptr": "*fp32", "K": "i32:16", "D": "i32:16", "largest_scale": "fp32"}
+    arguments = {"order_ptr": "*i64", "values_ptr": "*fp32", "dvalues_ptr": "*fp32", "g_ptr": storage}
+    arguments |= SPANS | {"W_dec_ptr": storage, "x_ptr": storage, "out_ptr": "*fp32", "K": "i32:16"}
     return arguments | {"ACC": "fp32", "BLOCK_D": D} | changes
+
+
+def _segments(storage: str, D: int) -> dict[str, Any]:
+    return SPANS | {"W_dec_ptr": storage, "ACC": "fp32", "BLOCK_D": D}
+
+
+# Of a JumpReLU code's silent slots only their gradients are wanted; and where no feature can fill a segment.
+DVALUES = dict.fromkeys(("x_ptr", "dW_dec_ptr", "dW_enc_ptr", "db_enc_ptr"))
+WHOLE = dict.fromkeys(("partial_a_ptr", "partial_e_ptr", "partial_db_ptr"))
 
 
 def _scan(capacity: int, **changes: Any) -> dict[str, Any]:
@@ -122,6 +135,14 @@ CASES = [
     Case("decode", "gather_rows_kernel", "dx bf16", _gather("*bf16", POSITIVE=False, scale_ptr=None), dtype="16"),
     Case("autoencode", "code_backward_kernel", "bf16 d=768", _backward("*bf16", 1024), "16", "narrow"),
     Case("autoencode", "code_backward_kernel", "f32 d=768", _backward("*fp32", 1024), "32", "narrow"),
+    Case(
+        "autoencode", "code_backward_kernel", "bf16 d=768 dvalues", _backward("*bf16", 1024, **DVALUES), "16", "narrow"
+    ),
+    Case("autoencode", "code_backward_kernel", "f32 few tokens", _backward("*fp32", 1024, **WHOLE), "32", "narrow"),
+    Case("autoencode", "add_segments_kernel", "bf16 d=768", _segments("*bf16", 1024), "16", "narrow"),
+    Case("autoencode", "add_segments_kernel", "f32 d=2304", _segments("*fp32", 4096), "32", "middle"),
+    Case("autoencode", "add_segments_kernel", "bf16 d=8192", _segments("*bf16", 8192), "16", "wide"),
+    Case("autoencode", "add_segments_kernel", "f64", _in_float64(_segments("*fp32", 64)), "32", "narrow"),
     Case("autoencode", "code_backward_kernel", "bf16 d=2304", _backward("*bf16", 4096), "16", "middle"),
     Case("autoencode", "code_backward_kernel", "bf16 d=8192", _backward("*bf16", 8192), "16", "wide"),
     Case("encode", "topk_scan_kernel", "f32 k≤64", _scan(128)),
