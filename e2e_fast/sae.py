@@ -34,6 +34,7 @@ from e2e_fast import kernels
 from e2e_fast.kernels import DensityController, JumpCode, SparseCode
 from e2e_fast.kernels.density import default_limit
 from e2e_fast.kernels.reference import BANDWIDTH
+from e2e_fast.optimizer import Shadow
 from e2e_fast.positions import hyphenated, resolve_positions
 from e2e_fast.precision import as_given, lowered
 
@@ -152,6 +153,7 @@ class SAE(nn.Module):
         else:
             raise ValueError(f"init must be 'e2e_sae' or 'empty', got {init!r}")
         self.W_enc, self.b_enc, self.W_dec, self.b_dec = (nn.Parameter(t.contiguous()) for t in tensors)
+        self.shadows = {"W_enc": Shadow(self.W_enc, norms=False), "W_dec": Shadow(self.W_dec, norms=normalize_decoder)}
         if self.activation == "jump_relu":
             self.log_threshold = nn.Parameter(torch.full((d_sae,), threshold).log())
         if self.activation == "batch_topk":
@@ -160,7 +162,9 @@ class SAE(nn.Module):
 
     def forward(self, x: Tensor) -> SAEActs:
         """Encode and decode activations [..., d_in]."""
-        flat, W_enc, W_dec = lowered(x.reshape(-1, self.d_in), self.W_enc, self.W_dec)
+        (flat,) = lowered(x.reshape(-1, self.d_in))
+        W_enc, W_dec, shadow = self._cast("W_enc"), self._cast("W_dec"), self.shadows["W_dec"]
+        norms = shadow.inverse_norms if shadow.holds(self.W_dec) else None
         by_batch = self.activation == "batch_topk" and self.training and torch.is_grad_enabled()
         chosen: dict[str, Any] = {"k": self.k, "batch": by_batch}
         if (thresholds := self.thresholds) is not None and not by_batch:
@@ -168,11 +172,18 @@ class SAE(nn.Module):
         with as_given(x.device):
             output, code = kernels.autoencode(
                 flat, W_enc, self.b_enc, W_dec, self.b_dec,
-                normalize=self.normalize_decoder, density=self.density, **chosen,
+                normalize=self.normalize_decoder, density=self.density, inverse_norms=norms, **chosen,
             )  # fmt: skip
         if by_batch:
             self._observe_threshold(code.values.detach())
         return SAEActs(x, output.to(x.dtype).view_as(x), code, self.d_sae)
+
+    def _cast(self, name: str) -> Tensor:
+        """W_enc or W_dec as autocast has it: the optimizer's rounded copy while that is the parameter's."""
+        weight, shadow = getattr(self, name), self.shadows[name]
+        kind = weight.device.type
+        rounds = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+        return _Rounded.apply(weight, shadow.rounded) if rounds and shadow.holds(weight) else lowered(weight)[0]
 
     @property
     def thresholds(self) -> Tensor | None:
@@ -237,6 +248,19 @@ class SAE(nn.Module):
         """What `SAE` and the configuration's ``saes`` take to make another one of this kind."""
         names = ("k", "activation", "normalize_decoder", "bandwidth")
         return {name: getattr(self, name) for name in names}
+
+
+class _Rounded(torch.autograd.Function):
+    """A parameter's rounded copy in place of a cast of it: same number, same gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, rounded: Tensor) -> Tensor:
+        ctx.dtype = parameter.dtype
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0].to(ctx.dtype), None
 
 
 def resolve_activation(activation: Activation | None, k: int | None) -> Activation:

@@ -16,6 +16,7 @@ torch.Size([4, 8])
 # probe then finds no usable version and leaves it alone. An exception here would break `import transformers`.
 
 from e2e_fast.kernels import reference
+from e2e_fast.kernels.adam import adam_step, clip_coefficient
 from e2e_fast.kernels.autoencode import autoencode
 from e2e_fast.kernels.decode import decode
 from e2e_fast.kernels.density import DensityController
@@ -27,7 +28,9 @@ __all__ = [
     "DensityController",
     "JumpCode",
     "SparseCode",
+    "adam_step",
     "autoencode",
+    "clip_coefficient",
     "decode",
     "encode_batch_topk",
     "encode_jump_relu",

@@ -170,6 +170,37 @@ def _relu_code(values: Tensor, indices: Tensor) -> SparseCode:
     return SparseCode(torch.where(used, values, 0), torch.where(used, indices, 0), used.sum(-1))
 
 
+def adam_step(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    lr: Tensor,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    clip: Tensor | None = None,
+    inverse_norms: Tensor | None = None,
+    shadow: Tensor | None = None,
+) -> None:
+    """One update of ``torch.optim.Adam`` in place, from the gradient times ``clip``; norms and copy of the new rows.
+
+    param, grad, exp_avg, exp_avg_sq, shadow (F, D), inverse_norms (F,); step (from 1), lr and clip ().
+    """
+    beta1, beta2 = betas
+    g = (grad if clip is None else clip * grad) + weight_decay * param
+    exp_avg += (1 - beta1) * (g - exp_avg)
+    exp_avg_sq.mul_(beta2).add_((1 - beta2) * g.square())
+    m, v = exp_avg / (1 - beta1**step), exp_avg_sq / (1 - beta2**step)
+    param -= lr * m / (v.sqrt() + eps)
+    if inverse_norms is not None:
+        inverse_norms.copy_(1 / param.norm(dim=-1).clamp_min(NORM_EPS))
+    if shadow is not None:
+        shadow.copy_(param)
+
+
 def check_k(k: int, d_sae: int) -> None:
     """Raises ValueError unless 1 ≤ k ≤ d_sae."""
     if not 1 <= k <= d_sae:

@@ -28,6 +28,7 @@ def operator_calls() -> dict[str, tuple]:
     jump = tuple(t.detach() for t in op.encode_jump_relu(x, W_enc, b_enc, theta, 0.5, -1))
     norms = plain[2].norm(dim=-1).reciprocal()
     c = leaf(N, F).detach().relu_()
+    adam = [t.clone() for t in (plain[1], plain[2], plain[1], plain[2].abs())]
     return {
         "encode_topk": (op.encode_topk, (x, W_enc, b_enc, 3)),
         "encode_relu[capacity]": (op.encode_relu, (x, W_enc, b_enc, 5)),
@@ -78,6 +79,10 @@ def operator_calls() -> dict[str, tuple]:
                 norms,
             ),
         ),
+        "adam_step": (
+            op.adam_step,
+            (*adam, *torch.ones(2).double(), 0.9, 0.999, 1e-8, 0.0, norms[0].clone(), norms.clone(), plain[2].clone()),
+        ),
         "linear_kl": (op.linear_kl, (x, teacher, unembed, bias, 2.0, True)),
         "linear_kl[no gradient]": (op.linear_kl, (x.detach(), teacher, unembed, None, None, False)),
     }
@@ -113,7 +118,17 @@ def test_second_derivatives_are_refused_not_wrong():
         torch.autograd.grad(g.sum(), student)
 
 
-MODULES = ["autoencode", "code_backward", "decode", "density", "encode", "linear_kl", "reference", "sparse_code"]
+MODULES = [
+    "adam",
+    "autoencode",
+    "code_backward",
+    "decode",
+    "density",
+    "encode",
+    "linear_kl",
+    "reference",
+    "sparse_code",
+]
 
 
 @pytest.mark.parametrize("name", ["", *(f".{m}" for m in MODULES)])

@@ -100,8 +100,9 @@ def _filter(threshold: str | None, one: bool = False) -> dict[str, Any]:
 
 def _adam(**changes: Any) -> dict[str, Any]:
     arguments: dict[str, Any] = {f"{name}_ptr": "*fp32" for name in ("param", "grad", "exp_avg", "exp_avg_sq", "clip")}
+    arguments |= {"step_ptr": "*fp32", "lr_ptr": "*fp32"}
     arguments |= {"inverse_norms_ptr": "*fp32", "shadow_ptr": "*bf16", "D": "i32:16"}
-    numbers = ("step_size", "inverse_root", "gain1", "beta2", "gain2", "eps", "weight_decay", "norm_eps")
+    numbers = ("log_beta1", "log_beta2", "gain1", "beta2", "gain2", "eps", "weight_decay", "norm_eps")
     return arguments | dict.fromkeys(numbers, "fp32") | {"ACC": "fp32"} | changes
 
 
