@@ -98,26 +98,26 @@ class Adam(torch.optim.Adam):
         if closure is not None:
             raise ValueError("closure must be None: Adam evaluates nothing itself")
         for group in self.param_groups:
+            if self._lr is None:
+                self._lr = torch.zeros((), dtype=torch.float64, device=group["params"][0].device)
+            self._lr.fill_(group["lr"])
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
+                    self._update(parameter, parameter.grad, self._lr, group)
         self._clip = None
         return None
 
-    def _update(self, p: nn.Parameter, grad: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, p: nn.Parameter, grad: Tensor, lr: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        if self._lr is None:
-            self._lr = torch.zeros((), dtype=torch.float64, device=p.device)
-        self._lr.fill_(group["lr"])
         state["step"] += 1
         shadow = self._shadows.get(id(p))
         if shadow is not None:
             shadow.allocate()
         kernels.adam_step(
-            p, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], self._lr,
+            p, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], lr,
             betas=group["betas"], eps=group["eps"], clip=self._clip,
             inverse_norms=shadow.inverse_norms if shadow else None, shadow=shadow.rounded if shadow else None,
         )  # fmt: skip

@@ -10,6 +10,7 @@ from e2e_fast.kernels import SparseCode, reference
 from e2e_fast.kernels.triton import _launch, autoencode
 from e2e_fast.kernels.triton.autoencode import code_backward, segments, transpose
 from e2e_fast.kernels.triton.decode import decode, row_inverse_norms
+from e2e_fast.kernels.triton.jump_relu import encode_jump_relu
 
 Problem = tuple[Any, Any, Any, Any, Any, Any, Any]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -268,3 +269,35 @@ def test_segments_cover_every_token_of_every_feature_once(generator, segment):
     assert len(set(rows)) == len(rows)
     assert all(0 <= row < 2 * extra for row in rows)
     assert len(order) == values.numel()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("capacity", [-1, 3, 50])
+def test_jump_relu_lists_active_and_nearly_active_features(generator, dtype, capacity):
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+
+    x, W, b = normal(5, 19), normal(43, 19) / 4, normal(43)
+    threshold = torch.rand(43, generator=generator, dtype=torch.float64).to(DEVICE) + 0.05
+    values, indices, count, l0, band = encode_jump_relu(x, W, b, threshold.float(), 0.4, capacity)
+    wide = [t.double() for t in (x, W, b)]
+    expected = reference.encode_jump_relu(*wide, threshold.float().double(), 0.4, None if capacity < 0 else capacity)
+    assert values.dtype == dtype
+    assert torch.equal(indices.long(), expected.indices)
+    assert torch.equal(count.long(), expected.count)
+    assert torch.equal(l0.double(), expected.l0)
+    assert torch.equal(band, expected.band)
+    naive = reference.encode_jump_relu(*wide, threshold.float().double(), 0.4, values.shape[1]).values.to(dtype)
+    assert_close("values", values, expected.values, naive)
+    assert band.any()
+
+
+def test_silent_features_of_a_band_get_the_gradient_of_their_value(generator):
+    """As kernels.code_backward.silent_gradients asks for it: ones in their slots, dvalues alone."""
+    values, indices, W_dec, _, _, g, dvalues = problem(generator, torch.float64)
+    silent = values <= 0
+    ones = silent.to(values.dtype)
+    ours = code_backward(ones, indices, dvalues, g, W_dec, None, None, True, False, False, False)[3]
+    unit = W_dec / W_dec.norm(dim=-1, keepdim=True)
+    expected = (unit[indices.long()] * g[:, None, :]).sum(-1) + dvalues
+    assert error(ours, torch.where(silent, expected, 0)) < 1e-12
