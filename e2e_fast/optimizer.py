@@ -48,7 +48,8 @@ class Shadow:
         p = self.parameter
         if self.rounded is None or self.rounded.device != p.device:
             self.rounded = torch.empty_like(p, dtype=torch.bfloat16, requires_grad=False)
-            self.inverse_norms = torch.empty(len(p), dtype=torch.float32, device=p.device) if self._norms else None
+            dtype = torch.promote_types(p.dtype, torch.float32)
+            self.inverse_norms = torch.empty(len(p), dtype=dtype, device=p.device) if self._norms else None
 
     def written(self) -> None:
         """Both are those of the parameter as it is now."""
@@ -85,7 +86,7 @@ class Adam(torch.optim.Adam):
         if max_norm is None:
             return None
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not self.own:
+        if not self.own or not parameters:
             return nn.utils.clip_grad_norm_(parameters, max_norm)
         self._clip, norm = kernels.clip_coefficient([p.grad for p in parameters], max_norm)
         return norm

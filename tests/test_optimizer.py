@@ -138,7 +138,20 @@ def test_adam_says_what_it_does_not_do() -> None:
     with pytest.raises(ValueError, match="closure must be None"):
         optimizer.step(lambda: None)
     assert optimizer.clip(None) is None
+    assert optimizer.clip(1.0) == 0  # no gradients yet
     kernels.decode(sae.encode_sparse(torch.randn(3, 16)), sae.W_dec).sum().backward()
     norm = optimizer.clip(1e-3)
     assert norm is not None
     assert float(norm) > 1e-3
+
+
+def test_float64_parameters_keep_float64_norms() -> None:
+    torch.manual_seed(0)
+    sae = e2e_fast.SAE(4, 8, k=2).double()
+    optimizer = Adam(sae.parameters(), 0.01, sae.shadows.values(), own=True)
+    x = torch.randn(5, 4).double()
+    (sae(x).output - x).square().sum().backward()
+    optimizer.step()
+    norms = sae.shadows["W_dec"].inverse_norms
+    assert norms is not None
+    torch.testing.assert_close(norms, 1 / sae.W_dec.detach().norm(dim=-1), rtol=1e-14, atol=0)

@@ -61,14 +61,15 @@ def code_backward(
     if W_dec is not None and normalize:
         scale = row_inverse_norms(W_dec) if inverse_norms is None else inverse_norms
     order, offsets, by_count = transpose(values, indices, F)
+    if order.numel() < 1 << 31:
+        order = order.int()  # a division of 64-bit numbers costs a hundred instructions, and one stands in the loop
     options = blocks("code_backward", weight, D)
     segment = max(options.pop("SEGMENT"), triton.cdiv(N * K, MOST_PARTIAL))
     extra = N * K // segment
     ranks, ends = segments(offsets, by_count, segment, extra)
     acc = accumulator(promoted(values, weight))
-    partial = values.new_empty(2, 2 * extra, D, dtype=acc)
-    partial_a, partial_e = (partial[0], partial[1]) if extra else (None, None)
-    partial_db = values.new_empty(2 * extra, dtype=acc) if extra else None
+    partial_a, partial_e = values.new_empty(2, 2 * max(extra, 1), D, dtype=acc)
+    partial_db = values.new_empty(2 * max(extra, 1), dtype=acc)
     constants = {"ACC": tl_accumulator(acc), "BLOCK_D": triton.next_power_of_2(D)}
     spans = (offsets, by_count, ranks, ends, segment, extra)
     gradients = tuple(part if part.numel() else None for part in (dW_dec, dW_enc, db_enc))
@@ -123,7 +124,7 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 @triton.jit
 def code_backward_kernel(
-    order_ptr,  # (N * K,) slots sorted by feature
+    order_ptr,  # (N * K,) int32 or int64: slots sorted by feature
     offsets_ptr,  # (F + 1,) feature j owns order[offsets[j] : offsets[j + 1]]
     by_count_ptr,  # (F,) rank → feature
     ranks_ptr,  # (F + extra,) program → rank, F without work
@@ -140,9 +141,9 @@ def code_backward_kernel(
     dW_enc_ptr,  # (F, D) or None
     db_enc_ptr,  # (F,) or None
     out_ptr,  # (N, K) dvalues
-    partial_a_ptr,  # (2 * extra, D) sums of segments, where a feature has several; None where none can have
-    partial_e_ptr,  # (2 * extra, D) or None
-    partial_db_ptr,  # (2 * extra,) or None
+    partial_a_ptr,  # (2 * extra, D) sums of segments, where a feature has several
+    partial_e_ptr,  # (2 * extra, D)
+    partial_db_ptr,  # (2 * extra,)
     F,
     K,
     D,
@@ -152,17 +153,11 @@ def code_backward_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """One segment a program. BLOCK_T tokens at a time, each with its own partial sums: one reduction, at the end."""
-    program = tl.program_id(0)
-    rank = tl.load(ranks_ptr + program)
-    if rank >= F:
+    if tl.load(ranks_ptr + tl.program_id(0)) >= F:
         return
-    feature = tl.load(by_count_ptr + rank).to(tl.int64)
-    first = tl.load(offsets_ptr + feature)
-    last = tl.load(offsets_ptr + feature + 1)
-    many = tl.maximum(tl.cdiv(last - first, segment), 1)
-    place = program - (tl.load(ends_ptr + rank) - many)  # which segment of its feature
-    first += place * segment
-    last = tl.minimum(last, first + segment)
+    feature, first, last, many, place = _owned(offsets_ptr, by_count_ptr, ranks_ptr, ends_ptr, segment)
+    order_ptr += first + place * segment
+    tokens_here = tl.minimum(last - first - place * segment, segment).to(tl.int32)
     cols = tl.arange(0, BLOCK_D)
     inside = cols < D
     scale = 1.0
@@ -175,12 +170,12 @@ def code_backward_kernel(
     if dW_enc_ptr is not None:
         e = tl.zeros((BLOCK_T, BLOCK_D), ACC)
         db = tl.zeros((BLOCK_T,), ACC)
-    for start in range(first, last, BLOCK_T):
+    for start in range(0, tokens_here, BLOCK_T):
         positions = start + tl.arange(0, BLOCK_T)
-        valid = positions < last
+        valid = positions < tokens_here
         slots = tl.load(order_ptr + positions, mask=valid, other=0)
         tokens = slots // K
-        addresses = tokens[:, None] * D + cols[None, :]
+        addresses = tokens.to(tl.int64)[:, None] * D + cols[None, :]
         mask = valid[:, None] & inside[None, :]
         c = tl.zeros((BLOCK_T,), ACC)
         if dvalues_ptr is not None:
@@ -196,22 +191,24 @@ def code_backward_kernel(
             e += c[:, None] * x
             db += c
         store_rounded(out_ptr + slots, c, valid)
-    if partial_a_ptr is not None and many > 1:
-        row = _partial_row(program, rank, place, extra)
-        if dW_dec_ptr is not None:
-            tl.store(partial_a_ptr + row * D + cols, tl.sum(a, 0), mask=inside)
+    # Read anew: numbers that live through the loop would cost registers in it.
+    feature, first, last, many, place = _owned(offsets_ptr, by_count_ptr, ranks_ptr, ends_ptr, segment)
+    if many > 1:
+        row = _partial_row(tl.program_id(0), tl.load(ranks_ptr + tl.program_id(0)), place, extra)
         if dW_enc_ptr is not None:
             tl.store(partial_e_ptr + row * D + cols, tl.sum(e, 0), mask=inside)
             tl.store(partial_db_ptr + row, tl.sum(db, 0))
+        if dW_dec_ptr is not None:
+            tl.store(partial_a_ptr + row * D + cols, tl.sum(a, 0), mask=inside)
     else:
+        if dW_enc_ptr is not None:
+            store_rounded(dW_enc_ptr + feature * D + cols, tl.sum(e, 0), inside)
+            store_rounded(db_enc_ptr + feature, tl.sum(db, 0), None)
         if dW_dec_ptr is not None:
             total = tl.sum(a, 0)
             if scale_ptr is not None:
                 total = _tangent(total, unit, scale, largest_scale)
             store_rounded(dW_dec_ptr + feature * D + cols, total, inside)
-        if dW_enc_ptr is not None:
-            store_rounded(dW_enc_ptr + feature * D + cols, tl.sum(e, 0), inside)
-            store_rounded(db_enc_ptr + feature, tl.sum(db, 0), None)
 
 
 @triton.jit
@@ -266,6 +263,18 @@ def add_segments_kernel(
     if dW_enc_ptr is not None:
         store_rounded(dW_enc_ptr + feature * D + cols, e, inside)
         store_rounded(db_enc_ptr + feature, db, None)
+
+
+@triton.jit
+def _owned(offsets_ptr, by_count_ptr, ranks_ptr, ends_ptr, segment):
+    """Of this program: its feature, the feature's span and number of segments, and which of them is its own."""
+    program = tl.program_id(0)
+    rank = tl.load(ranks_ptr + program)
+    feature = tl.load(by_count_ptr + rank).to(tl.int64)
+    first = tl.load(offsets_ptr + feature)
+    last = tl.load(offsets_ptr + feature + 1)
+    many = tl.maximum(tl.cdiv(last - first, segment), 1)
+    return feature, first, last, many, program - (tl.load(ends_ptr + rank) - many)
 
 
 @triton.jit

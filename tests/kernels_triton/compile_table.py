@@ -59,7 +59,7 @@ SPANS |= dict.fromkeys(("partial_a_ptr", "partial_e_ptr", "partial_db_ptr"), "*f
 
 
 def _backward(storage: str, D: int, **changes: Any) -> dict[str, Any]:
-    arguments = {"order_ptr": "*i64", "values_ptr": "*fp32", "dvalues_ptr": "*fp32", "g_ptr": storage}
+    arguments = {"order_ptr": "*i32", "values_ptr": "*fp32", "dvalues_ptr": "*fp32", "g_ptr": storage}
     arguments |= SPANS | {"W_dec_ptr": storage, "x_ptr": storage, "out_ptr": "*fp32", "K": "i32:16"}
     return arguments | {"ACC": "fp32", "BLOCK_D": D} | changes
 
@@ -68,9 +68,8 @@ def _segments(storage: str, D: int) -> dict[str, Any]:
     return SPANS | {"W_dec_ptr": storage, "ACC": "fp32", "BLOCK_D": D}
 
 
-# Of a JumpReLU code's silent slots only their gradients are wanted; and where no feature can fill a segment.
+# Of a JumpReLU code's silent slots only their gradients are wanted.
 DVALUES = dict.fromkeys(("x_ptr", "dW_dec_ptr", "dW_enc_ptr", "db_enc_ptr"))
-WHOLE = dict.fromkeys(("partial_a_ptr", "partial_e_ptr", "partial_db_ptr"))
 
 
 def _scan(capacity: int, **changes: Any) -> dict[str, Any]:
@@ -139,7 +138,14 @@ CASES = [
     Case(
         "autoencode", "code_backward_kernel", "bf16 d=768 dvalues", _backward("*bf16", 1024, **DVALUES), "16", "narrow"
     ),
-    Case("autoencode", "code_backward_kernel", "f32 few tokens", _backward("*fp32", 1024, **WHOLE), "32", "narrow"),
+    Case(
+        "autoencode",
+        "code_backward_kernel",
+        "bf16 N·K ≥ 2³¹",
+        _backward("*bf16", 1024, order_ptr="*i64"),
+        "16",
+        "narrow",
+    ),
     Case("autoencode", "add_segments_kernel", "bf16 d=768", _segments("*bf16", 1024), "16", "narrow"),
     Case("autoencode", "add_segments_kernel", "f32 d=2304", _segments("*fp32", 4096), "32", "middle"),
     Case("autoencode", "add_segments_kernel", "bf16 d=8192", _segments("*bf16", 8192), "16", "wide"),
