@@ -31,7 +31,8 @@ from e2e_fast.kernels.triton import _launch
 from e2e_fast.kernels.triton.adam import adam_step
 from e2e_fast.kernels.triton.autoencode import code_backward
 from e2e_fast.kernels.triton.decode import decode, row_inverse_norms
-from e2e_fast.kernels.triton.encode import encode_relu, encode_topk, encode_topk_screened
+from e2e_fast.kernels.triton.encode import encode_batch_topk, encode_relu, encode_topk, encode_topk_screened
+from e2e_fast.kernels.triton.jump_relu import encode_jump_relu
 from e2e_fast.kernels.triton.linear_kl import linear_kl
 from e2e_fast.measure import PeakMemory
 
@@ -200,10 +201,65 @@ def relu_operator(N: int, D: int, F: int, capacity: int) -> Operator:
     return Operator("encode_relu", shape, providers, error, 0.1, flops, moved, None, ["filter"])
 
 
-def backward_operator(N: int, D: int, F: int, k: int, target_ms: float | None) -> Operator:
-    """decode and the whole backward: dW_dec, dW_enc, db_enc, dvalues."""
+def batch_topk_operator(N: int, D: int, F: int, k: int) -> Operator:
+    """encode_batch_topk with room for 4k a token; its fullest rows are not compared, being chosen by all others."""
+    x, weight, bias = normal(N, D), (normal(F, D).float() / D**0.5).bfloat16(), torch.zeros(F, device=DEVICE)
+
+    def eager() -> Tensor:
+        z = torch.relu(_launch.mm_accumulated(x, weight.t()))
+        threshold = torch.topk(z.flatten(), k * N).values[-1]
+        return torch.where(z < threshold, 0, z)
+
+    expected = eager().double()[: max(1, N // 64)]
+
+    def error(result: Any) -> float:
+        dense = result if isinstance(result, Tensor) else SparseCode(*result[0]).to_dense(F)
+        return relative_error(dense[: len(expected)], expected)
+
+    providers: dict[str, Callable[[], Any]] = {
+        "ours": lambda: encode_batch_topk(x, weight, bias, k, 4 * k),
+        "torch eager, float32 scores": eager,
+    }
+    flops, moved = 2 * N * D * F, 2 * (F * D + N * D) + 6 * N * k
+    shape = f"N {N}, d {D}, F {F}, k {k}"
+    return Operator("encode_batch_topk", shape, providers, error, 0.05, flops, moved, None, ["digit_histogram"])
+
+
+def jump_relu_operator(N: int, D: int, F: int, capacity: int) -> Operator:
+    """encode_jump_relu with its band, at an L0 of about half the capacity."""
+    x, weight, bias = normal(N, D), (normal(F, D).float() / D**0.5).bfloat16(), torch.zeros(F, device=DEVICE)
+    level = float(torch.special.ndtri(torch.tensor(1 - capacity / 2 / F)))
+    threshold = level + 0.05 * normal(F).float()
+    rows = torch.arange(0, N, max(1, N // 16), device=DEVICE)
+    z = x[rows].double() @ weight.double().T
+    expected = torch.where(z > threshold, z, 0)
+
+    def eager() -> tuple[Tensor, Tensor]:
+        z = _launch.mm_accumulated(x, weight.t())
+        return torch.where(z > threshold, z, 0), (z - threshold).abs() < 5e-4
+
+    def error(result: Any) -> float:
+        if len(result) == 2:
+            return relative_error(result[0][rows], expected)
+        return relative_error(SparseCode(*(part[rows] for part in result[:3])).to_dense(F), expected)
+
+    providers: dict[str, Callable[[], Any]] = {
+        "ours": lambda: encode_jump_relu(x, weight, bias, threshold, 1e-3, capacity),
+        "torch eager, dense": eager,
+        "torch.compile, dense": compiled(eager),
+    }
+    flops, moved = 2 * N * D * F, 2 * (F * D + N * D) + 7 * N * capacity
+    shape = f"N {N}, d {D}, F {F}, L0 ~{capacity // 2}"
+    return Operator("encode_jump_relu", shape, providers, error, 0.1, flops, moved, None, ["filter"])
+
+
+def backward_operator(N: int, D: int, F: int, k: int, target_ms: float | None, *, always: bool = False) -> Operator:
+    """decode and the whole backward: dW_dec, dW_enc, db_enc, dvalues. ``always``: one feature fires in every token."""
     values = normal(N, k).abs()
     indices = torch.rand(N, F, device=DEVICE).topk(k).indices.int() if N * F < 1 << 30 else random_indices(N, F, k)
+    if always:
+        indices = torch.where(indices == F - 1, indices[:, :1], indices)
+        indices[:, 0] = F - 1
     W_dec, W_enc, x, g = normal(F, D), normal(F, D), normal(N, D), normal(N, D)
     bias = torch.zeros(D, device=DEVICE)
     norms = row_inverse_norms(W_dec)
@@ -242,11 +298,13 @@ def backward_operator(N: int, D: int, F: int, k: int, target_ms: float | None) -
     def error(result: tuple[Tensor, ...]) -> float:
         return max(relative_error(result[1][some], d_dec), relative_error(result[2][some], d_enc))
 
-    providers = {"ours": ours, "torch, dense": dense, "torch.compile, dense": compiled(dense)}
+    providers: dict[str, Callable[[], Any]] = {"ours": ours, "torch, dense": dense}
+    if not always:
+        providers["torch.compile, dense"] = compiled(dense)
     if N * k * D * 4 < 8e9:  # the contributions, one row a nonzero
         providers["torch, embedding_bag and index_add"] = sparse
     moved = 2 * F * D * 2 + 4 * N * D * 2 + 2 * F * D * 2 + 12 * N * k
-    shape = f"N {N}, d {D}, F {F}, k {k}"
+    shape = f"N {N}, d {D}, F {F}, k {k}" + (", one feature in every token" if always else "")
     tried = ["gather_rows", "code_backward"]
     return Operator("decode + backward", shape, providers, error, 0.05, 0, moved, target_ms, tried)
 
@@ -263,13 +321,13 @@ def adam_operator(F: int, D: int, target_ms: float | None) -> Operator:
     def ours() -> Callable[[], list[Tensor]]:
         params, moments = [p.clone() for p in start], [torch.zeros_like(p) for p in start for _ in range(2)]
         norms, shadows = torch.empty(F, device=DEVICE), [torch.empty_like(p, dtype=torch.bfloat16) for p in start]
-        steps = iter(range(1, 1 << 30))
+        t, lr = torch.zeros((), device=DEVICE), torch.full((), LR, device=DEVICE)
 
         def step() -> list[Tensor]:
-            t = next(steps)
+            t.add_(1)
             for i in range(2):
                 adam_step(
-                    params[i], grads[i], moments[2 * i], moments[2 * i + 1], t, LR, BETAS, EPS,
+                    params[i], grads[i], moments[2 * i], moments[2 * i + 1], t, lr, BETAS, EPS,
                     inverse_norms=norms if i else None, shadow=shadows[i],
                 )  # fmt: skip
             return params
@@ -312,10 +370,10 @@ def sae_operator(N: int, D: int, F: int, k: int, target_ms: float | None) -> Ope
         params, moments = [p.clone() for p in start], [torch.zeros_like(p) for p in start for _ in range(2)]
         shadows, norms = [p.bfloat16() for p in params], row_inverse_norms(params[1].bfloat16())
         bias, bias_m, bias_v = (torch.zeros(F, device=DEVICE) for _ in range(3))
-        steps = iter(range(1, 1 << 30))
+        t, lr = torch.zeros((), device=DEVICE), torch.full((), LR, device=DEVICE)
 
         def step() -> Tensor:
-            t = next(steps)
+            t.add_(1)
             values, indices, _ = encode_topk(x, shadows[0], bias, k)
             y = decode(values, indices, shadows[1], None, True, norms)
             g = (y - x) * (2 / x.numel())
@@ -324,10 +382,10 @@ def sae_operator(N: int, D: int, F: int, k: int, target_ms: float | None) -> Ope
             )
             for i in range(2):
                 adam_step(
-                    params[i], gradients[1 - i], moments[2 * i], moments[2 * i + 1], t, LR, BETAS, EPS,
+                    params[i], gradients[1 - i], moments[2 * i], moments[2 * i + 1], t, lr, BETAS, EPS,
                     inverse_norms=norms if i else None, shadow=shadows[i],
                 )  # fmt: skip
-            adam_step(bias, gradients[2], bias_m, bias_v, t, LR, BETAS, EPS)
+            adam_step(bias, gradients[2], bias_m, bias_v, t, lr, BETAS, EPS)
             return y
 
         return step
@@ -399,7 +457,10 @@ def operators(tiny: bool) -> Iterator[Callable[[], Operator | Iterator[Operator]
         yield lambda: topk_operator(3, 8, 96, 4, None)
         yield lambda: screened_operator(3, 8, 96, 1)
         yield lambda: relu_operator(3, 8, 96, 12)
+        yield lambda: batch_topk_operator(4, 8, 96, 3)
+        yield lambda: jump_relu_operator(3, 8, 96, 24)
         yield lambda: backward_operator(6, 8, 20, 3, None)
+        yield lambda: backward_operator(12, 8, 20, 2, None, always=True)
         yield lambda: adam_operator(4, 16, None)
         yield lambda: sae_operator(6, 8, 40, 3, None)
         yield lambda: product_operators(16, 8, 70)
@@ -410,7 +471,10 @@ def operators(tiny: bool) -> Iterator[Callable[[], Operator | Iterator[Operator]
     yield lambda: topk_operator(8192, 768, 131072, 64, 5.0)
     yield lambda: screened_operator(8192, 768, 46080, 64)
     yield lambda: relu_operator(8192, 768, 46080, 256)
+    yield lambda: batch_topk_operator(8192, 768, 46080, 64)
+    yield lambda: jump_relu_operator(8192, 768, 46080, 256)
     yield lambda: backward_operator(8192, 768, 46080, 64, 0.8)
+    yield lambda: backward_operator(8192, 768, 46080, 64, None, always=True)
     yield lambda: adam_operator(46080, 768, 0.6)
     yield lambda: sae_operator(8192, 768, 46080, 64, 3.2)
     for rows in (1024, 4096, 8192):
@@ -448,12 +512,14 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 # --- Other block sizes ------------------------------------------------------------------------------------------------
 
 SWEEP: dict[str, list[dict[str, int]]] = {
+    "digit_histogram": [{"BLOCK": b, "num_warps": w} for b, w in ((1024, 4), (2048, 8), (4096, 8))],
     "kl_rows": [{"BLOCK": b, "num_warps": w} for b, w in ((2048, 4), (4096, 8), (8192, 8), (8192, 16), (16384, 16))],
     "gather_rows": [
         {"BLOCK_K": k, "BLOCK_D": d, "num_warps": w}
         for k, d, w in ((8, 256, 2), (8, 256, 4), (16, 256, 4), (32, 256, 4), (8, 512, 4), (8, 1024, 4))
     ],
-    "code_backward": [{"BLOCK_T": t, "num_warps": w} for t, w in ((1, 4), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8))],
+    "code_backward": [{"BLOCK_T": t, "num_warps": w} for t, w in ((1, 4), (2, 2), (2, 4), (4, 8), (8, 8))]
+    + [{"SEGMENT": n} for n in (64, 256, 1024, 1 << 20)],
     "topk_scan": [{"BLOCK": b, "num_warps": w} for b, w in ((1024, 4), (2048, 8), (2048, 16), (4096, 16))],
     "topk_rank": [{"BLOCK": b, "num_warps": w} for b, w in ((8, 2), (16, 2), (16, 4), (32, 4))],
     "rescore": [
@@ -470,7 +536,7 @@ def sweep(operator: Operator, rep_ms: int) -> Iterator[dict[str, Any]]:
     for kernel in operator.kernels:
         table = _launch.BLOCKS[kernel]
         for options in SWEEP[kernel]:
-            keep = table.get(("sm_90", "any", "any"), {})
+            keep = next(entry for key, entry in table.items() if key[0] == _launch.arch(DEVICE))
             _launch.BLOCKS[kernel] = {(_launch.arch(DEVICE), "any", "any"): {**keep, **options}}
             try:
                 times = measure(operator.providers["ours"], rep_ms)
@@ -576,10 +642,11 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
                     file.write(json.dumps(record | where) + "\n")
                     file.flush()
             del made
+            if not options.sweep:  # so far: a report that is cut short has its table too
+                (options.out / "kernels.md").write_text(f"{where}\n\n{markdown(records)}")
             if not options.tiny:
                 torch.compiler.reset()
     if not options.sweep:
-        (options.out / "kernels.md").write_text(f"{where}\n\n{markdown(records)}")
         print(markdown(records))
     return records
 

@@ -30,6 +30,7 @@ from e2e_fast.log import ConsoleLog, JsonlLog, Log, WandbLog, keep_rows
 from e2e_fast.losses import LossConfig, LossName
 from e2e_fast.measure import Timings
 from e2e_fast.metrics import ActFrequency, step_metrics
+from e2e_fast.optimizer import Adam
 from e2e_fast.sae import SAETransformer, load_e2e_sae, to_e2e_sae
 from e2e_fast.schedule import Phase, learning_rate, phases
 from e2e_fast.step import StepResult, forward_step, training_step
@@ -60,7 +61,7 @@ class Member:
         """Micro-batches of this process in an optimizer step."""
         torch.manual_seed(config.seed)
         self.model = SAETransformer(
-            lm, config.saes.sae_positions, config.saes.dict_size_to_input_ratio, k=config.saes.k
+            lm, config.saes.sae_positions, config.saes.dict_size_to_input_ratio, **config.saes.options
         )
         self.saes = self.model.by_position
         self.phases = phases(config, preset, list(self.saes), lm.positions())
@@ -80,7 +81,8 @@ class Member:
         for position in frozen:
             self.saes[position].requires_grad_(False)
         self.world.same_weights(self.parameters.values())
-        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=config.lr, fused=True)
+        shadows = [shadow for sae in self.saes.values() for shadow in sae.shadows.values()]
+        self.optimizer = Adam(self.parameters.values(), config.lr, shadows)
         self.history: list[dict[str, float]] = []
         self.samples = self.micro_batches = self.grad_updates = self.total_tokens = 0
         self.frequency: ActFrequency | None = None
@@ -122,11 +124,9 @@ class Member:
 
     def _update(self, timings: Timings) -> Tensor | None:
         """Averages over processes, clips, steps Adam; returns the norm of the gradients before clipping."""
-        norm = None
         with timings.phase("optimizer"):
             self.world.average_gradients(self.parameters.values())
-            if self.config.max_grad_norm is not None:
-                norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
+            norm = self.optimizer.clip(self.config.max_grad_norm)
             self.optimizer.param_groups[0]["lr"] = self.learning_rate
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)

@@ -17,18 +17,24 @@ torch.Size([4, 8])
 
 from e2e_fast.kernels import reference
 from e2e_fast.kernels._buffers import release_buffers
+from e2e_fast.kernels.adam import adam_step, clip_coefficient
 from e2e_fast.kernels.autoencode import autoencode
 from e2e_fast.kernels.decode import decode
 from e2e_fast.kernels.density import DensityController
-from e2e_fast.kernels.encode import encode_relu, encode_topk
+from e2e_fast.kernels.encode import encode_batch_topk, encode_jump_relu, encode_relu, encode_topk
 from e2e_fast.kernels.linear_kl import linear_kl
-from e2e_fast.kernels.sparse_code import SparseCode
+from e2e_fast.kernels.sparse_code import JumpCode, SparseCode
 
 __all__ = [
     "DensityController",
+    "JumpCode",
     "SparseCode",
+    "adam_step",
     "autoencode",
+    "clip_coefficient",
     "decode",
+    "encode_batch_topk",
+    "encode_jump_relu",
     "encode_relu",
     "encode_topk",
     "linear_kl",

@@ -22,13 +22,13 @@ NARROW, MIDDLE = 1024, 4096
 """Largest D of the size classes ``narrow`` and ``middle``."""
 
 _CODE_BACKWARD = {
-    ("sm_80", "any", "narrow"): {"BLOCK_T": 4, "num_warps": 4},
-    ("sm_80", "any", "middle"): {"BLOCK_T": 2, "num_warps": 8},
-    ("sm_80", "any", "wide"): {"BLOCK_T": 1, "num_warps": 16},
-    ("sm_90", "any", "narrow"): {"BLOCK_T": 4, "num_warps": 4},
-    ("sm_90", "any", "middle"): {"BLOCK_T": 2, "num_warps": 8},
-    ("sm_90", "any", "wide"): {"BLOCK_T": 1, "num_warps": 16},
-    ("interpreter", "any", "any"): {"BLOCK_T": 2},
+    ("sm_80", "any", "narrow"): {"BLOCK_T": 4, "SEGMENT": 256, "num_warps": 4},
+    ("sm_80", "any", "middle"): {"BLOCK_T": 2, "SEGMENT": 256, "num_warps": 8},
+    ("sm_80", "any", "wide"): {"BLOCK_T": 1, "SEGMENT": 256, "num_warps": 16},
+    ("sm_90", "any", "narrow"): {"BLOCK_T": 4, "SEGMENT": 256, "num_warps": 4},
+    ("sm_90", "any", "middle"): {"BLOCK_T": 2, "SEGMENT": 256, "num_warps": 8},
+    ("sm_90", "any", "wide"): {"BLOCK_T": 1, "SEGMENT": 256, "num_warps": 16},
+    ("interpreter", "any", "any"): {"BLOCK_T": 2, "SEGMENT": 5},
 }
 
 BLOCKS: dict[str, dict[tuple[str, str, str], dict[str, int]]] = {
@@ -51,6 +51,13 @@ BLOCKS: dict[str, dict[tuple[str, str, str], dict[str, int]]] = {
         ("interpreter", "any", "any"): {"BLOCK_K": 4, "BLOCK_D": 16},
     },
     "code_backward": _CODE_BACKWARD,
+    "add_segments": {
+        ("sm_80", "any", "any"): {"num_warps": 4},
+        ("sm_80", "any", "wide"): {"num_warps": 16},
+        ("sm_90", "any", "any"): {"num_warps": 4},
+        ("sm_90", "any", "wide"): {"num_warps": 16},
+        ("interpreter", "any", "any"): {},
+    },
     "topk_scan": {
         ("sm_80", "any", "any"): {"BLOCK": 2048, "num_warps": 8},
         ("sm_90", "any", "any"): {"BLOCK": 2048, "num_warps": 8},

@@ -52,12 +52,24 @@ def _gather(weight: str, **changes: Any) -> dict[str, Any]:
     return arguments | {"ACC": "fp32"} | changes
 
 
+SPANS = {"offsets_ptr": "*i64", "by_count_ptr": "*i64", "ranks_ptr": "*i64", "ends_ptr": "*i64"}
+SPANS |= {"segment": "i32", "extra": "i32", "scale_ptr": "*fp32", "F": "i32:16", "D": "i32:16", "largest_scale": "fp32"}
+SPANS |= dict.fromkeys(("dW_dec_ptr", "dW_enc_ptr", "db_enc_ptr"), "*fp32")
+SPANS |= dict.fromkeys(("partial_a_ptr", "partial_e_ptr", "partial_db_ptr"), "*fp32")
+
+
 def _backward(storage: str, D: int, **changes: Any) -> dict[str, Any]:
-    arguments = {"order_ptr": "*i64", "offsets_ptr": "*i64", "launch_order_ptr": "*i64", "values_ptr": "*fp32"}
-    arguments |= {"dvalues_ptr": "*fp32", "g_ptr": storage, "W_dec_ptr": storage, "scale_ptr": "*fp32"}
-    arguments |= {"x_ptr": storage, "dW_dec_ptr": "*fp32", "dW_enc_ptr": "*fp32", "db_enc_ptr": "*fp32"}
-    arguments |= {"out_ptr": "*fp32", "K": "i32:16", "D": "i32:16", "largest_scale": "fp32"}
+    arguments = {"order_ptr": "*i32", "values_ptr": "*fp32", "dvalues_ptr": "*fp32", "g_ptr": storage}
+    arguments |= SPANS | {"W_dec_ptr": storage, "x_ptr": storage, "out_ptr": "*fp32", "K": "i32:16"}
     return arguments | {"ACC": "fp32", "BLOCK_D": D} | changes
+
+
+def _segments(storage: str, D: int) -> dict[str, Any]:
+    return SPANS | {"W_dec_ptr": storage, "ACC": "fp32", "BLOCK_D": D}
+
+
+# Of a JumpReLU code's silent slots only their gradients are wanted.
+DVALUES = dict.fromkeys(("x_ptr", "dW_dec_ptr", "dW_enc_ptr", "db_enc_ptr"))
 
 
 def _scan(capacity: int, **changes: Any) -> dict[str, Any]:
@@ -87,8 +99,9 @@ def _filter(threshold: str | None, one: bool = False) -> dict[str, Any]:
 
 def _adam(**changes: Any) -> dict[str, Any]:
     arguments: dict[str, Any] = {f"{name}_ptr": "*fp32" for name in ("param", "grad", "exp_avg", "exp_avg_sq", "clip")}
+    arguments |= {"step_ptr": "*fp32", "lr_ptr": "*fp32"}
     arguments |= {"inverse_norms_ptr": "*fp32", "shadow_ptr": "*bf16", "D": "i32:16"}
-    numbers = ("step_size", "inverse_root", "gain1", "beta2", "gain2", "eps", "weight_decay", "norm_eps")
+    numbers = ("log_beta1", "log_beta2", "gain1", "beta2", "gain2", "eps", "weight_decay", "norm_eps")
     return arguments | dict.fromkeys(numbers, "fp32") | {"ACC": "fp32"} | changes
 
 
@@ -122,6 +135,21 @@ CASES = [
     Case("decode", "gather_rows_kernel", "dx bf16", _gather("*bf16", POSITIVE=False, scale_ptr=None), dtype="16"),
     Case("autoencode", "code_backward_kernel", "bf16 d=768", _backward("*bf16", 1024), "16", "narrow"),
     Case("autoencode", "code_backward_kernel", "f32 d=768", _backward("*fp32", 1024), "32", "narrow"),
+    Case(
+        "autoencode", "code_backward_kernel", "bf16 d=768 dvalues", _backward("*bf16", 1024, **DVALUES), "16", "narrow"
+    ),
+    Case(
+        "autoencode",
+        "code_backward_kernel",
+        "bf16 N·K ≥ 2³¹",
+        _backward("*bf16", 1024, order_ptr="*i64"),
+        "16",
+        "narrow",
+    ),
+    Case("autoencode", "add_segments_kernel", "bf16 d=768", _segments("*bf16", 1024), "16", "narrow"),
+    Case("autoencode", "add_segments_kernel", "f32 d=2304", _segments("*fp32", 4096), "32", "middle"),
+    Case("autoencode", "add_segments_kernel", "bf16 d=8192", _segments("*bf16", 8192), "16", "wide"),
+    Case("autoencode", "add_segments_kernel", "f64", _in_float64(_segments("*fp32", 64)), "32", "narrow"),
     Case("autoencode", "code_backward_kernel", "bf16 d=2304", _backward("*bf16", 4096), "16", "middle"),
     Case("autoencode", "code_backward_kernel", "bf16 d=8192", _backward("*bf16", 8192), "16", "wide"),
     Case("encode", "topk_scan_kernel", "f32 k≤64", _scan(128)),

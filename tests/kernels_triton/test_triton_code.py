@@ -7,8 +7,10 @@ import torch
 from triton_checks import DEVICE, assert_close, error
 
 from e2e_fast.kernels import SparseCode, reference
-from e2e_fast.kernels.triton.autoencode import code_backward, transpose
+from e2e_fast.kernels.triton import _launch, autoencode
+from e2e_fast.kernels.triton.autoencode import code_backward, segments, transpose
 from e2e_fast.kernels.triton.decode import decode, row_inverse_norms
+from e2e_fast.kernels.triton.jump_relu import encode_jump_relu
 
 Problem = tuple[Any, Any, Any, Any, Any, Any, Any]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -192,3 +194,110 @@ def test_transpose_lists_each_features_slots_in_token_order(generator):
         assert torch.equal(slots, expected)
     assert (spans[launch_order].diff() <= 0).all()
     assert torch.equal(launch_order.sort().values, torch.arange(13, device=DEVICE))
+
+
+def skewed(generator, dtype, N=41) -> Problem:
+    """Feature 2 in every token, feature 7 in every second one, others now and then."""
+    values, indices, *rest = problem(generator, dtype, N=N)
+    values, indices = values.abs() + 0.1, indices.clone()
+    indices[indices == 2] = 12
+    indices[:, 0] = 2
+    indices[::2, 1] = torch.where((indices[::2] == 7).any(1), indices[::2, 1], 7)
+    return values, indices, *rest
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_feature_of_many_segments_is_summed_whole(generator, dtype):
+    inputs = skewed(generator, dtype)
+    ours, expected = backward(*inputs, True), oracle(*double(inputs), True)
+    for name, *triple in zip(NAMES, ours, expected, oracle(*inputs, True), strict=True):
+        assert_close(name, *triple)
+
+
+@pytest.mark.parametrize("segment", [1, 2, 7, 1000])
+def test_the_length_of_a_segment_changes_nothing_but_rounding(generator, monkeypatch, segment):
+    inputs = skewed(generator, torch.float64)
+    expected = backward(*inputs, True)
+    arch = _launch.arch(inputs[0].device)
+    for key, options in list(_launch.BLOCKS["code_backward"].items()):
+        if key[0] == arch:
+            monkeypatch.setitem(_launch.BLOCKS["code_backward"], key, {**options, "SEGMENT": segment})
+    first, second = backward(*inputs, True), backward(*inputs, True)
+    for a, b, c in zip(first, second, expected, strict=True):
+        assert torch.equal(a, b)
+        assert error(a, c) < 1e-12
+
+
+def test_segments_grow_where_their_number_is_limited(generator, monkeypatch):
+    inputs = skewed(generator, torch.float64)
+    expected = backward(*inputs, True)
+    monkeypatch.setattr(autoencode, "MOST_PARTIAL", 3)
+    for a, b in zip(backward(*inputs, True), expected, strict=True):
+        assert error(a, b) < 1e-12
+
+
+def test_parts_of_long_features_asked_for_alone_equal_the_whole(generator):
+    values, indices, W_dec, W_enc, x, g, _ = skewed(generator, torch.float32)
+    whole = code_backward(values, indices, None, g, W_dec, x, W_enc, True, True, True, False)
+    decoder = code_backward(values, indices, None, g, W_dec, None, None, True, True, False, False)
+    encoder = code_backward(values, indices, whole[3], None, None, x, W_enc, False, False, True, False)
+    assert torch.equal(decoder[0], whole[0])
+    for i in (1, 2):
+        assert torch.equal(encoder[i], whole[i])
+
+
+@pytest.mark.parametrize("segment", [1, 3, 8, 100])
+def test_segments_cover_every_token_of_every_feature_once(generator, segment):
+    values, indices, *_ = skewed(generator, torch.float64)
+    order, offsets, by_count = transpose(values, indices, 13)
+    extra = values.numel() // segment
+    ranks, ends = segments(offsets, by_count, segment, extra)
+    covered, rows = [], []
+    for program, rank in enumerate(ranks.tolist()):
+        if rank == 13:
+            continue
+        feature = int(by_count[rank])
+        first, last = int(offsets[feature]), int(offsets[feature + 1])
+        many = max(1, -(-(last - first) // segment))
+        place = program - (int(ends[rank]) - many)
+        assert 0 <= place < many
+        covered += range(first + place * segment, min(last, first + (place + 1) * segment))
+        if many > 1:
+            rows.append(program - rank if place == 0 else extra + program - rank - 1)
+    assert covered
+    assert sorted(covered) == list(range(int(offsets[-1])))
+    assert len(set(rows)) == len(rows)
+    assert all(0 <= row < 2 * extra for row in rows)
+    assert len(order) == values.numel()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("capacity", [-1, 3, 50])
+def test_jump_relu_lists_active_and_nearly_active_features(generator, dtype, capacity):
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+
+    x, W, b = normal(5, 19), normal(43, 19) / 4, normal(43)
+    threshold = torch.rand(43, generator=generator, dtype=torch.float64).to(DEVICE) + 0.05
+    values, indices, count, l0, band = encode_jump_relu(x, W, b, threshold.float(), 0.4, capacity)
+    wide = [t.double() for t in (x, W, b)]
+    expected = reference.encode_jump_relu(*wide, threshold.float().double(), 0.4, None if capacity < 0 else capacity)
+    assert values.dtype == dtype
+    assert torch.equal(indices.long(), expected.indices)
+    assert torch.equal(count.long(), expected.count)
+    assert torch.equal(l0.double(), expected.l0)
+    assert torch.equal(band, expected.band)
+    naive = reference.encode_jump_relu(*wide, threshold.float().double(), 0.4, values.shape[1]).values.to(dtype)
+    assert_close("values", values, expected.values, naive)
+    assert band.any()
+
+
+def test_silent_features_of_a_band_get_the_gradient_of_their_value(generator):
+    """As kernels.code_backward.silent_gradients asks for it: ones in their slots, dvalues alone."""
+    values, indices, W_dec, _, _, g, dvalues = problem(generator, torch.float64)
+    silent = values <= 0
+    ones = silent.to(values.dtype)
+    ours = code_backward(ones, indices, dvalues, g, W_dec, None, None, True, False, False, False)[3]
+    unit = W_dec / W_dec.norm(dim=-1, keepdim=True)
+    expected = (unit[indices.long()] * g[:, None, :]).sum(-1) + dvalues
+    assert error(ours, torch.where(silent, expected, 0)) < 1e-12
