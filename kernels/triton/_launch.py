@@ -94,6 +94,30 @@ BLOCKS: dict[str, dict[tuple[str, str, str], dict[str, int]]] = {
         ("sm_90", "any", "any"): {"BLOCK": 2048, "num_warps": 8},
         ("interpreter", "any", "any"): {"BLOCK": 32},
     },
+    "topk_gemm": {
+        ("sm_80", "any", "any"): {
+            "BLOCK_R": 128,
+            "BLOCK_F": 128,
+            "BLOCK_D": 32,
+            "GROUP": 32,
+            "num_warps": 8,
+            "num_stages": 3,
+        },
+        ("sm_90", "any", "any"): {
+            "BLOCK_R": 128,
+            "BLOCK_F": 128,
+            "BLOCK_D": 64,
+            "GROUP": 32,
+            "num_warps": 8,
+            "num_stages": 3,
+        },
+        ("interpreter", "any", "any"): {"BLOCK_R": 16, "BLOCK_F": 16, "BLOCK_D": 16, "GROUP": 4},
+    },
+    "topk_bound": {
+        ("sm_80", "any", "any"): {"BLOCK": 1024, "num_warps": 4},
+        ("sm_90", "any", "any"): {"BLOCK": 1024, "num_warps": 4},
+        ("interpreter", "any", "any"): {"BLOCK": 8},
+    },
     "topk_rank": {  # the size class is that of 8 × CAPACITY
         ("sm_80", "any", "narrow"): {"BLOCK": 16, "num_warps": 4},
         ("sm_80", "any", "middle"): {"BLOCK": 16, "num_warps": 8},
@@ -133,6 +157,9 @@ BLOCKS: dict[str, dict[tuple[str, str, str], dict[str, int]]] = {
 VARIANTS: dict[str, dict[tuple[str, str, str], str]] = {
     "linear_kl": {  # logits; dual, dual_combine: 16-bit products, narrow, no soft cap (see linear_kl_dual.py)
         ("any", "any", "any"): "logits",
+    },
+    "encode_topk": {  # scan; filter_gemm: 16-bit products (see encode_gemm.py)
+        ("any", "any", "any"): "scan",
     },
 }
 """Which of several ways an operator takes, by the keys of `BLOCKS`. Chosen is what a GPU has shown to be fastest."""

@@ -62,8 +62,8 @@ def _backward(storage: str, D: int, **changes: Any) -> dict[str, Any]:
 
 def _scan(capacity: int, **changes: Any) -> dict[str, Any]:
     arguments = {"z_ptr": "*fp32", "bias_ptr": "*fp32", "keys_ptr": "*i32", "columns_ptr": "*i32", "found_ptr": "*i32"}
-    arguments |= dict.fromkeys(("row_errors_ptr", "row_norms_ptr", "norms_ptr", "errors_ptr"))
-    arguments |= {"F": "i32:16", "k": "i32", "BITS": 31, "ONLY_OVERFLOWED": False}
+    arguments |= dict.fromkeys(("row_errors_ptr", "row_norms_ptr", "norms_ptr", "errors_ptr", "group_max_ptr"))
+    arguments |= {"F": "i32:16", "groups": "i32", "k": "i32", "GROUP": 1, "BITS": 31, "ONLY_OVERFLOWED": False}
     return arguments | {"CAPACITY": capacity} | changes
 
 
@@ -112,6 +112,13 @@ DUAL |= {"rows": "i32:16", "width": "i32:16", "vocab": "i32", "tiles": "i32", "s
 DUAL_F16 = DUAL | dict.fromkeys(("pair_ptr", "weight_ptr", "bias_ptr", "difference_ptr"), "*fp16")
 """Arguments of all kernels of linear_kl_dual: each takes those that it names."""
 
+GEMM: dict[str, Any] = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*fp32", "bound_ptr": "*i32"}
+GEMM |= {"z_ptr": "*fp32", "group_max_ptr": "*i32", "first": "i32", "k": "i32", "PER_TILE": 4}
+GEMM |= {"rows": "i32:16", "width": "i32:16", "F": "i32:16", "groups": "i32"}
+FIRST = GEMM | {"bound_ptr": None, "bias_ptr": None}
+GROUPS = {"group_max_ptr": "*i32", "bias_ptr": None, "GROUP": 32}
+"""Arguments of encode_gemm's kernels; what the scan of their groups takes besides."""
+
 HISTOGRAM = {"z_ptr": "*fp32", "bias_ptr": "*fp32", "prefix_ptr": "*i64", "histogram_ptr": "*i64"}
 HISTOGRAM |= {"F": "i32:16", "shift": "i32", "DIGIT_BITS": 8, "BINS": 256}
 
@@ -149,6 +156,21 @@ CASES = [
     Case("encode", "topk_scan_kernel", "f32 no bias k≤1024", _scan(2048, bias_ptr=None)),
     Case("encode", "topk_scan_kernel", "screen k≤64", _scan(256, **SPREADS)),
     Case("encode", "topk_scan_kernel", "f32 overflowed rows k≤64", _scan(256, ONLY_OVERFLOWED=True)),
+    Case("encode", "topk_scan_kernel", "groups k≤64", _scan(128, **GROUPS)),
+    Case("encode", "topk_scan_kernel", "groups k=1", _scan(32, k=1, **GROUPS)),
+    Case("encode_gemm", "topk_gemm_kernel", "bf16", GEMM, "16", matrix_units=True),
+    Case("encode_gemm", "topk_gemm_kernel", "bf16 first tiles", FIRST, "16", matrix_units=True),
+    Case("encode_gemm", "topk_gemm_kernel", "bf16 N=1", GEMM | {"rows": 1}, "16", matrix_units=True),
+    Case(
+        "encode_gemm",
+        "topk_gemm_kernel",
+        "f16",
+        GEMM | {"x_ptr": "*fp16", "weight_ptr": "*fp16"},
+        "16",
+        matrix_units=True,
+    ),
+    Case("encode_gemm", "topk_bound_kernel", "k≤64", GEMM, "16"),
+    Case("encode_gemm", "topk_bound_kernel", "k=1", GEMM | {"k": 1, "first": 1}, "16"),
     Case("encode", "rescore_kernel", "k≤64", RESCORE | {"CAPACITY": 256}),
     Case("encode", "round_rows_kernel", "f32", ROUND | {"D": "i32:16", "generous": "fp32"}),
     Case("encode", "topk_rank_kernel", "k≤64", _rank(128), size="narrow"),
