@@ -32,8 +32,8 @@ from e2e_fast.kernels.triton.adam import adam_step
 from e2e_fast.kernels.triton.autoencode import code_backward
 from e2e_fast.kernels.triton.decode import decode, row_inverse_norms
 from e2e_fast.kernels.triton.encode import encode_relu, encode_topk, encode_topk_screened
-from e2e_fast.kernels.triton.linear_kl import linear_kl, padded_unembedding
-from e2e_fast.kernels.triton.linear_kl_dual import linear_kl_dual, serves
+from e2e_fast.kernels.triton.linear_kl import linear_kl
+from e2e_fast.kernels.triton.linear_kl_dual import serves
 from e2e_fast.measure import PeakMemory
 
 FLOPS_PER_S, BYTES_PER_S = 790e12, 4.3e12
@@ -90,9 +90,13 @@ def kl_operator(N: int, D: int, V: int, target_ms: float | None) -> Operator:
     def error(result: tuple[Tensor, Tensor]) -> float:
         return relative_error(result[1][rows], expected_gradient)
 
+    def ours() -> tuple[Tensor, Tensor]:
+        return linear_kl(student, teacher, weight, None, None, True)
+
+    narrow = serves(student.dtype, D, None)
     providers: dict[str, Callable[[], Any]] = {
-        "ours": lambda: linear_kl(student, teacher, weight, None, None, True),
-        **kl_variants(student, teacher, weight),
+        "ours": ours,
+        **({f"ours, {way}": choosing("linear_kl", way, ours) for way in ("dual", "dual_combine")} if narrow else {}),
         "torch eager": eager,
         "torch.compile": compiled(eager),
         **kl_peers(student, teacher, weight),
@@ -102,18 +106,6 @@ def kl_operator(N: int, D: int, V: int, target_ms: float | None) -> Operator:
     shape = f"N {N}, d {D}, V {V}, KL {float(expected) / len(rows):.3f}"
     kernels = [kernel for kernel in ("kl_rows", "kl_dual", "kl_combine") if SWEPT.get(kernel, "ours") in providers]
     return Operator("linear_kl + gradient", shape, providers, error, 0.5, flops, moved, target_ms, kernels)
-
-
-def kl_variants(student: Tensor, teacher: Tensor, weight: Tensor) -> dict[str, Callable[[], Any]]:
-    """linear_kl's other ways, where they serve: what is measured here decides `_launch.VARIANTS`."""
-    if not serves(student.dtype, student.shape[1], None):
-        return {}
-
-    def dual(combine: bool) -> tuple[Tensor, Tensor]:
-        padded = padded_unembedding(weight, weight.dtype)
-        return linear_kl_dual(student, teacher, padded, len(weight), None, True, combine)
-
-    return {"ours, dual": lambda: dual(False), "ours, dual_combine": lambda: dual(True)}
 
 
 def kl_peers(student: Tensor, teacher: Tensor, weight: Tensor) -> dict[str, Callable[[], Any]]:
@@ -158,15 +150,20 @@ def topk_operator(N: int, D: int, F: int, k: int, target_ms: float | None) -> Op
         dense = torch.zeros(len(rows), F, dtype=torch.float64, device=DEVICE)
         return relative_error(dense.scatter_add(1, result[1][rows].long(), result[0][rows].double()), expected)
 
+    def ours() -> tuple[Tensor, ...]:
+        return encode_topk(x, weight, bias, k)
+
     providers = {
-        "ours": lambda: encode_topk(x, weight, bias, k),
+        "ours": ours,
+        "ours, filter_gemm": choosing("encode_topk", "filter_gemm", ours),
         "torch eager, float32 scores": eager_float32,
         "torch eager, bf16 scores": eager,
         "torch.compile, bf16 scores": compiled(eager),
     }
     flops, moved = 2 * N * D * F, 2 * (F * D + N * D) + 6 * N * k
     shape = f"N {N}, d {D}, F {F}, k {k}"
-    return Operator("encode_topk", shape, providers, error, 0.2, flops, moved, target_ms, ["topk_scan", "topk_rank"])
+    kernels = ["topk_scan", "topk_rank", "topk_gemm"]
+    return Operator("encode_topk", shape, providers, error, 0.2, flops, moved, target_ms, kernels)
 
 
 def screened_operator(N: int, D: int, F: int, k: int) -> Operator:
@@ -432,6 +429,20 @@ def operators(tiny: bool) -> Iterator[Callable[[], Operator | Iterator[Operator]
         yield lambda rows=rows: product_operators(rows, 768, 50257)
 
 
+def choosing(operator: str, way: str, call: Callable[[], Any]) -> Callable[[], Any]:
+    """``call`` with another entry of `_launch.VARIANTS`, which what is measured here decides."""
+
+    def chosen() -> Any:
+        table = _launch.VARIANTS[operator]
+        _launch.VARIANTS[operator] = {("any", "any", "any"): way}
+        try:
+            return call()
+        finally:
+            _launch.VARIANTS[operator] = table
+
+    return chosen
+
+
 def compiled(function: Callable[[], Any]) -> Callable[[], Any]:
     """torch.compile of a function, at its first call."""
     made: list[Callable[[], Any]] = []
@@ -462,7 +473,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 # --- Other block sizes ------------------------------------------------------------------------------------------------
 
-SWEPT = {"kl_dual": "ours, dual", "kl_combine": "ours, dual_combine"}
+SWEPT = {"kl_dual": "ours, dual", "kl_combine": "ours, dual_combine", "topk_gemm": "ours, filter_gemm"}
 """The provider whose time tells of a kernel, where it is not ``ours``."""
 
 SWEEP: dict[str, list[dict[str, int]]] = {
@@ -486,6 +497,10 @@ SWEEP: dict[str, list[dict[str, int]]] = {
     ],
     "code_backward": [{"BLOCK_T": t, "num_warps": w} for t, w in ((1, 4), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8))],
     "topk_scan": [{"BLOCK": b, "num_warps": w} for b, w in ((1024, 4), (2048, 8), (2048, 16), (4096, 16))],
+    "topk_gemm": [
+        {"BLOCK_R": 128, "BLOCK_F": f, "BLOCK_D": 64, "GROUP": g, "num_warps": w, "num_stages": s}
+        for f, g, w, s in ((128, 32, 8, 3), (128, 16, 8, 3), (128, 32, 4, 3), (256, 32, 8, 3))
+    ],
     "topk_rank": [{"BLOCK": b, "num_warps": w} for b, w in ((8, 2), (16, 2), (16, 4), (32, 4))],
     "rescore": [
         {"BLOCK_K": k, "BLOCK_D": d, "num_warps": w}

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -264,7 +265,9 @@ def _cuobjdump() -> str:
 
 
 def main() -> None:
-    rows = [compile_case(case, arch) for case in CASES for arch in CAPABILITIES]
+    pairs = [(case, arch) for case in CASES for arch in CAPABILITIES]
+    with ProcessPoolExecutor() as pool:
+        rows = list(pool.map(compile_case, *zip(*pairs, strict=True)))
     if "--markdown" not in sys.argv:
         print(*map(json.dumps, rows), sep="\n")
         return
