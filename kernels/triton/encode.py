@@ -265,7 +265,10 @@ def topk_scan_kernel(
     CAPACITY: tl.constexpr,  # at least k
     BLOCK: tl.constexpr,
 ):
-    """One row a program: lane maxima → lower bound of the k-th key → list of the keys that reach it."""
+    """One row a program: lane maxima → lower bound of the k-th key → list of the keys that reach it.
+
+    With group maxima these give a first bound, and only groups that reach it are read: in most rows about k of them.
+    """
     row = tl.program_id(0).to(tl.int64)
     if ONLY_OVERFLOWED:  # noqa: SIM102 - decided when compiled, the next one when run
         if tl.load(found_ptr + row) <= CAPACITY:
@@ -279,22 +282,23 @@ def topk_scan_kernel(
         row_error = tl.load(row_errors_ptr + row)
         row_norm = tl.load(row_norms_ptr + row)
     lanes = tl.arange(0, BLOCK)
-    largest = tl.zeros((BLOCK,), keys_ptr.dtype.element_ty)
-    if group_max_ptr is None:
-        for start in range(0, F, BLOCK):
-            cols = start + lanes
-            z = _scores(z_ptr, bias_ptr, cols, cols < F)
-            if errors_ptr is not None:
-                z -= _radius(z, norms_ptr, errors_ptr, row_norm, row_error, cols, F)
-                z = tl.where(z == z, z, 0.0)  # a score that may be anything bounds nothing
-            largest = tl.maximum(largest, score_key(z))
-    else:
+    floor = tl.full((), 1, keys_ptr.dtype.element_ty)
+    if group_max_ptr is not None:
         group_max_ptr += row * groups
+        largest = tl.zeros((BLOCK,), keys_ptr.dtype.element_ty)
         for start in range(0, groups, BLOCK):
             group = start + lanes
             largest = tl.maximum(largest, tl.load(group_max_ptr + group, mask=group < groups, other=0))
-    floor = kth_largest_key(largest, k, BITS)
-    bound = floor
+        floor = kth_largest_key(largest, k, BITS)
+    largest = tl.zeros((BLOCK,), keys_ptr.dtype.element_ty)
+    for start in range(0, F, BLOCK):
+        cols = start + lanes
+        z = _scores(z_ptr, bias_ptr, cols, _worth_reading(group_max_ptr, floor, cols, F, GROUP))
+        if errors_ptr is not None:
+            z -= _radius(z, norms_ptr, errors_ptr, row_norm, row_error, cols, F)
+            z = tl.where(z == z, z, 0.0)  # a score that may be anything bounds nothing
+        largest = tl.maximum(largest, score_key(z))
+    bound = tl.maximum(kth_largest_key(largest, k, BITS), floor)
     found = tl.zeros((), tl.int32)
     for start in range(0, F, BLOCK):
         cols = start + lanes

@@ -251,7 +251,7 @@ def _resources(cubin: bytes) -> dict[str, int]:
         "registers": int(found["REG"]),
         "stack_bytes": int(found["STACK"]) + int(found["LOCAL"]),
         "spill_instructions": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        "wide_loads": len(re.findall(r"\bLDG\.E(?:\.\w+)*\.128\b", sass)),
+        "wide_loads": len(re.findall(r"\bLDG(?:STS)?\.E(?:\.\w+)*\.128\b", sass)),
         "wgmma": len(re.findall(r"\b[HI]GMMA\b", sass)),
         "mma": len(re.findall(r"\b[HI]MMA\b", sass)),
     }
