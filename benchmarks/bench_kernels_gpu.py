@@ -407,7 +407,7 @@ def product_operators(N: int, D: int, V: int) -> Iterator[Operator]:
 def operators(tiny: bool) -> Iterator[Callable[[], Operator | Iterator[Operator]]]:
     """The issue's table, one maker each, so that only one operator's tensors live at a time."""
     if tiny:
-        yield lambda: kl_operator(4, 8, 70, None)
+        yield lambda: kl_operator(4, 16, 70, None)
         yield lambda: topk_operator(3, 8, 96, 4, None)
         yield lambda: screened_operator(3, 8, 96, 1)
         yield lambda: relu_operator(3, 8, 96, 12)
@@ -487,7 +487,7 @@ SWEEP: dict[str, list[dict[str, int]]] = {
             (128, 256, 64, 4, 8, 3),
             (128, 256, 64, 2, 8, 3),
             (128, 256, 64, 4, 8, 2),
-            (64, 256, 32, 4, 4, 3),
+            (128, 256, 32, 4, 8, 4),
         )
     ],
     "kl_rows": [{"BLOCK": b, "num_warps": w} for b, w in ((2048, 4), (4096, 8), (8192, 8), (8192, 16), (16384, 16))],

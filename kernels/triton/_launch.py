@@ -47,7 +47,7 @@ BLOCKS: dict[str, dict[tuple[str, str, str], dict[str, int]]] = {
     "kl_dual": {
         ("sm_80", "any", "any"): {"BLOCK_R": 64, "BLOCK_V": 128, "BLOCK_D": 32, "num_warps": 4, "num_stages": 4},
         ("sm_90", "any", "any"): {"BLOCK_R": 128, "BLOCK_V": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3},
-        ("interpreter", "any", "any"): {"BLOCK_R": 8, "BLOCK_V": 16, "BLOCK_D": 16},
+        ("interpreter", "any", "any"): {"BLOCK_R": 8, "BLOCK_V": 16, "BLOCK_D": 32},
     },
     "kl_weights": {
         ("sm_80", "any", "any"): {"BLOCK_R": 32, "BLOCK_T": 32, "num_warps": 4},
@@ -74,7 +74,7 @@ BLOCKS: dict[str, dict[tuple[str, str, str], dict[str, int]]] = {
             "num_stages": 3,
             "enable_fp_fusion": False,
         },
-        ("interpreter", "any", "any"): {"BLOCK_R": 16, "BLOCK_D": 16, "BLOCK_V": 16, "SPLITS": 2},
+        ("interpreter", "any", "any"): {"BLOCK_R": 16, "BLOCK_D": 32, "BLOCK_V": 16, "SPLITS": 2},
     },
     "kl_difference": {  # nor here
         ("sm_80", "any", "any"): {"BLOCK_R": 32, "num_warps": 4, "enable_fp_fusion": False},
@@ -155,7 +155,7 @@ BLOCKS: dict[str, dict[tuple[str, str, str], dict[str, int]]] = {
 }
 
 VARIANTS: dict[str, dict[tuple[str, str, str], str]] = {
-    "linear_kl": {  # logits; dual, dual_combine: 16-bit products, narrow, no soft cap (see linear_kl_dual.py)
+    "linear_kl": {  # logits; dual, dual_combine: 16-bit products, narrow, no cap (see linear_kl_dual.py)
         ("any", "any", "any"): "logits",
     },
     "encode_topk": {  # scan; filter_gemm: 16-bit products (see encode_gemm.py)

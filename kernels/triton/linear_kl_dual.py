@@ -53,8 +53,8 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 def serves(dtype: torch.dtype, width: int, softcap: float | None) -> bool:
-    """Whether this variant computes such a problem: products in 16 bits, D ≤ `WIDEST`, no soft cap."""
-    return dtype in (torch.bfloat16, torch.float16) and width <= WIDEST and softcap is None
+    """Whether this variant computes such a problem: products in 16 bits, D ≤ `WIDEST` and a multiple of 16, no cap."""
+    return dtype in (torch.bfloat16, torch.float16) and width <= WIDEST and width % 16 == 0 and softcap is None
 
 
 def linear_kl_dual(
@@ -124,7 +124,7 @@ def _scale(like: Tensor) -> float:
     return 1024.0 if like.dtype == torch.float16 else 1.0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "vocab", "tiles"])
 def kl_dual_kernel(
     pair_ptr,  # (2, C, D): student, teacher
     weight_ptr,  # (V, D)
@@ -193,7 +193,7 @@ def kl_dual_kernel(
         tl.store(e_at + tl.cast(rows, tl.int64) * stride, e_t.to(tl.float16), mask=inside[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def kl_weights_kernel(
     stats_ptr,  # (5, tiles, C)
     u_ptr,  # (2, tiles, C) out: p_s / e_s, p_t / e_t; or None
@@ -243,7 +243,7 @@ def kl_weights_kernel(
             tl.store(u_ptr + offset + size, tl.exp(m_t - max_t - log_t), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "vocab", "tiles"])
 def kl_combine_kernel(
     e_ptr,  # (2, C, tiles · TILE) float16
     u_ptr,  # (2, tiles, C)
@@ -291,7 +291,7 @@ def kl_combine_kernel(
     tl.store(at, tl.trans(out) / scale, mask=inside[:, None] & (d < width))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def kl_difference_kernel(
     e_ptr,  # (2, C, tiles · TILE) float16
     u_ptr,  # (2, tiles, C)
