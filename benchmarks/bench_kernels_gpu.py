@@ -408,7 +408,7 @@ def operators(tiny: bool) -> Iterator[Callable[[], Operator | Iterator[Operator]
     """The issue's table, one maker each, so that only one operator's tensors live at a time."""
     if tiny:
         yield lambda: kl_operator(4, 16, 70, None)
-        yield lambda: topk_operator(3, 8, 96, 4, None)
+        yield lambda: topk_operator(3, 16, 96, 4, None)
         yield lambda: screened_operator(3, 8, 96, 1)
         yield lambda: relu_operator(3, 8, 96, 12)
         yield lambda: backward_operator(6, 8, 20, 3, None)

@@ -111,7 +111,7 @@ BLOCKS: dict[str, dict[tuple[str, str, str], dict[str, int]]] = {
             "num_warps": 8,
             "num_stages": 3,
         },
-        ("interpreter", "any", "any"): {"BLOCK_R": 16, "BLOCK_F": 16, "BLOCK_D": 16, "GROUP": 4},
+        ("interpreter", "any", "any"): {"BLOCK_R": 16, "BLOCK_F": 16, "BLOCK_D": 32, "GROUP": 4},
     },
     "topk_bound": {
         ("sm_80", "any", "any"): {"BLOCK": 1024, "num_warps": 4},

@@ -71,8 +71,8 @@ def encode_topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> Code:
     if promoted(x, weight) == torch.float32 and SCREENED_SHARE * k <= weight.shape[0] and k <= MOST_SELECTED // 2:
         return encode_topk_screened(x.float(), weight.float(), bias, k)
     values, indices, count = _empty_code(x, weight, k)
-    way = variant("encode_topk", x, weight.shape[1])
-    if way == "filter_gemm" and serves(promoted(x, weight)) and k <= MOST_SELECTED:
+    way = variant("encode_topk", x, x.shape[1])
+    if way == "filter_gemm" and serves(promoted(x, weight), x.shape[1]) and k <= MOST_SELECTED:
         x, weight = x.contiguous(), weight.contiguous()
         for start, stop in row_chunks(x.shape[0], 4 * weight.shape[0], CHUNK_BYTES):
             rows = slice(start, stop)

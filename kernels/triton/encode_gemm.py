@@ -32,9 +32,9 @@ _FIRST_OF = tl.constexpr(FIRST_OF)
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
-def serves(dtype: torch.dtype) -> bool:
-    """Whether this variant computes such products: those of 16 bits."""
-    return dtype in (torch.bfloat16, torch.float16)
+def serves(dtype: torch.dtype, width: int) -> bool:
+    """Whether this variant computes such products: in 16 bits, D a multiple of 16."""
+    return dtype in (torch.bfloat16, torch.float16) and width % 16 == 0
 
 
 def promising_scores(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor, int]:
