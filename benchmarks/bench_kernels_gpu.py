@@ -34,6 +34,7 @@ from e2e_fast.kernels.triton.decode import decode, row_inverse_norms
 from e2e_fast.kernels.triton.encode import encode_batch_topk, encode_relu, encode_topk, encode_topk_screened
 from e2e_fast.kernels.triton.jump_relu import encode_jump_relu
 from e2e_fast.kernels.triton.linear_kl import linear_kl
+from e2e_fast.kernels.triton.linear_kl_dual import serves
 from e2e_fast.measure import PeakMemory
 
 FLOPS_PER_S, BYTES_PER_S = 790e12, 4.3e12
@@ -90,8 +91,13 @@ def kl_operator(N: int, D: int, V: int, target_ms: float | None) -> Operator:
     def error(result: tuple[Tensor, Tensor]) -> float:
         return relative_error(result[1][rows], expected_gradient)
 
+    def ours() -> tuple[Tensor, Tensor]:
+        return linear_kl(student, teacher, weight, None, None, True)
+
+    narrow = serves(student.dtype, D, None)
     providers: dict[str, Callable[[], Any]] = {
-        "ours": lambda: linear_kl(student, teacher, weight, None, None, True),
+        "ours": ours,
+        **({f"ours, {way}": choosing("linear_kl", way, ours) for way in ("dual", "dual_combine")} if narrow else {}),
         "torch eager": eager,
         "torch.compile": compiled(eager),
         **kl_peers(student, teacher, weight),
@@ -99,7 +105,8 @@ def kl_operator(N: int, D: int, V: int, target_ms: float | None) -> Operator:
     # Eager torch rounds its logits to bf16 and misses by tens of percent: the tolerance only keeps out what is broken.
     flops, moved = 6 * N * D * V, 2 * V * D + 8 * N * D
     shape = f"N {N}, d {D}, V {V}, KL {float(expected) / len(rows):.3f}"
-    return Operator("linear_kl + gradient", shape, providers, error, 0.5, flops, moved, target_ms, ["kl_rows"])
+    kernels = [kernel for kernel in ("kl_rows", "kl_dual", "kl_combine") if SWEPT.get(kernel, "ours") in providers]
+    return Operator("linear_kl + gradient", shape, providers, error, 0.5, flops, moved, target_ms, kernels)
 
 
 def kl_peers(student: Tensor, teacher: Tensor, weight: Tensor) -> dict[str, Callable[[], Any]]:
@@ -144,15 +151,20 @@ def topk_operator(N: int, D: int, F: int, k: int, target_ms: float | None) -> Op
         dense = torch.zeros(len(rows), F, dtype=torch.float64, device=DEVICE)
         return relative_error(dense.scatter_add(1, result[1][rows].long(), result[0][rows].double()), expected)
 
+    def ours() -> tuple[Tensor, ...]:
+        return encode_topk(x, weight, bias, k)
+
     providers = {
-        "ours": lambda: encode_topk(x, weight, bias, k),
+        "ours": ours,
+        "ours, filter_gemm": choosing("encode_topk", "filter_gemm", ours),
         "torch eager, float32 scores": eager_float32,
         "torch eager, bf16 scores": eager,
         "torch.compile, bf16 scores": compiled(eager),
     }
     flops, moved = 2 * N * D * F, 2 * (F * D + N * D) + 6 * N * k
     shape = f"N {N}, d {D}, F {F}, k {k}"
-    return Operator("encode_topk", shape, providers, error, 0.2, flops, moved, target_ms, ["topk_scan", "topk_rank"])
+    kernels = ["topk_scan", "topk_rank", "topk_gemm"]
+    return Operator("encode_topk", shape, providers, error, 0.2, flops, moved, target_ms, kernels)
 
 
 def screened_operator(N: int, D: int, F: int, k: int) -> Operator:
@@ -453,8 +465,8 @@ def product_operators(N: int, D: int, V: int) -> Iterator[Operator]:
 def operators(tiny: bool) -> Iterator[Callable[[], Operator | Iterator[Operator]]]:
     """The issue's table, one maker each, so that only one operator's tensors live at a time."""
     if tiny:
-        yield lambda: kl_operator(4, 8, 70, None)
-        yield lambda: topk_operator(3, 8, 96, 4, None)
+        yield lambda: kl_operator(4, 16, 70, None)
+        yield lambda: topk_operator(3, 16, 96, 4, None)
         yield lambda: screened_operator(3, 8, 96, 1)
         yield lambda: relu_operator(3, 8, 96, 12)
         yield lambda: batch_topk_operator(4, 8, 96, 3)
@@ -479,6 +491,20 @@ def operators(tiny: bool) -> Iterator[Callable[[], Operator | Iterator[Operator]
     yield lambda: sae_operator(8192, 768, 46080, 64, 3.2)
     for rows in (1024, 4096, 8192):
         yield lambda rows=rows: product_operators(rows, 768, 50257)
+
+
+def choosing(operator: str, way: str, call: Callable[[], Any]) -> Callable[[], Any]:
+    """``call`` with another entry of `_launch.VARIANTS`, which what is measured here decides."""
+
+    def chosen() -> Any:
+        table = _launch.VARIANTS[operator]
+        _launch.VARIANTS[operator] = {("any", "any", "any"): way}
+        try:
+            return call()
+        finally:
+            _launch.VARIANTS[operator] = table
+
+    return chosen
 
 
 def compiled(function: Callable[[], Any]) -> Callable[[], Any]:
@@ -511,8 +537,24 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 # --- Other block sizes ------------------------------------------------------------------------------------------------
 
+SWEPT = {"kl_dual": "ours, dual", "kl_combine": "ours, dual_combine", "topk_gemm": "ours, filter_gemm"}
+"""The provider whose time tells of a kernel, where it is not ``ours``."""
+
 SWEEP: dict[str, list[dict[str, int]]] = {
     "digit_histogram": [{"BLOCK": b, "num_warps": w} for b, w in ((1024, 4), (2048, 8), (4096, 8))],
+    "kl_dual": [
+        {"BLOCK_R": r, "BLOCK_V": v, "BLOCK_D": d, "num_warps": w, "num_stages": s}
+        for r, v, d, w, s in ((128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (64, 128, 64, 4, 3), (64, 256, 64, 8, 3))
+    ],
+    "kl_combine": [
+        {"BLOCK_R": r, "BLOCK_D": d, "BLOCK_V": v, "SPLITS": p, "num_warps": w, "num_stages": s}
+        for r, d, v, p, w, s in (
+            (128, 256, 64, 4, 8, 3),
+            (128, 256, 64, 2, 8, 3),
+            (128, 256, 64, 4, 8, 2),
+            (128, 256, 32, 4, 8, 4),
+        )
+    ],
     "kl_rows": [{"BLOCK": b, "num_warps": w} for b, w in ((2048, 4), (4096, 8), (8192, 8), (8192, 16), (16384, 16))],
     "gather_rows": [
         {"BLOCK_K": k, "BLOCK_D": d, "num_warps": w}
@@ -521,6 +563,10 @@ SWEEP: dict[str, list[dict[str, int]]] = {
     "code_backward": [{"BLOCK_T": t, "num_warps": w} for t, w in ((1, 4), (2, 2), (2, 4), (4, 8), (8, 8))]
     + [{"SEGMENT": n} for n in (64, 256, 1024, 1 << 20)],
     "topk_scan": [{"BLOCK": b, "num_warps": w} for b, w in ((1024, 4), (2048, 8), (2048, 16), (4096, 16))],
+    "topk_gemm": [
+        {"BLOCK_R": 128, "BLOCK_F": f, "BLOCK_D": 64, "GROUP": g, "num_warps": w, "num_stages": s}
+        for f, g, w, s in ((128, 32, 8, 3), (128, 16, 8, 3), (128, 32, 4, 3), (256, 32, 8, 3))
+    ],
     "topk_rank": [{"BLOCK": b, "num_warps": w} for b, w in ((8, 2), (16, 2), (16, 4), (32, 4))],
     "rescore": [
         {"BLOCK_K": k, "BLOCK_D": d, "num_warps": w}
@@ -539,7 +585,7 @@ def sweep(operator: Operator, rep_ms: int) -> Iterator[dict[str, Any]]:
             keep = next(entry for key, entry in table.items() if key[0] == _launch.arch(DEVICE))
             _launch.BLOCKS[kernel] = {(_launch.arch(DEVICE), "any", "any"): {**keep, **options}}
             try:
-                times = measure(operator.providers["ours"], rep_ms)
+                times = measure(operator.providers[SWEPT.get(kernel, "ours")], rep_ms)
             except triton.runtime.errors.OutOfResources as reason:
                 times = {"failed": str(reason)}
             finally:

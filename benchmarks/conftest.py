@@ -50,7 +50,7 @@ RESULTS = pytest.StashKey[list[Duel]]()
 
 @pytest.fixture
 def duel(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., Duel]:
-    """``duel(name, ours, baseline, rounds=7, floor=None)``: all are warmed up, then run in turn; medians of the rounds."""
+    """``duel(name, ours, baseline, rounds=7, floor=None)``: all are warmed up, then run in turn; medians count."""
 
     def run(
         name: str,

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,8 @@ DVALUES = dict.fromkeys(("x_ptr", "dW_dec_ptr", "dW_enc_ptr", "db_enc_ptr"))
 
 def _scan(capacity: int, **changes: Any) -> dict[str, Any]:
     arguments = {"z_ptr": "*fp32", "bias_ptr": "*fp32", "keys_ptr": "*i32", "columns_ptr": "*i32", "found_ptr": "*i32"}
-    arguments |= dict.fromkeys(("row_errors_ptr", "row_norms_ptr", "norms_ptr", "errors_ptr"))
-    arguments |= {"F": "i32:16", "k": "i32", "BITS": 31, "ONLY_OVERFLOWED": False}
+    arguments |= dict.fromkeys(("row_errors_ptr", "row_norms_ptr", "norms_ptr", "errors_ptr", "group_max_ptr"))
+    arguments |= {"F": "i32:16", "groups": "i32", "k": "i32", "GROUP": 1, "BITS": 31, "ONLY_OVERFLOWED": False}
     return arguments | {"CAPACITY": capacity} | changes
 
 
@@ -119,6 +120,19 @@ def _in_float64(arguments: dict[str, Any]) -> dict[str, Any]:
     return wide | {name: value for name, value in keys.items() if name in wide}
 
 
+DUAL: dict[str, Any] = {"pair_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": None, "e_ptr": "*fp16"}
+DUAL |= {"stats_ptr": "*fp32", "u_ptr": "*fp32", "loss_ptr": "*fp32", "parts_ptr": "*fp32", "difference_ptr": "*bf16"}
+DUAL |= {"rows": "i32", "width": "i32:16", "vocab": "i32", "tiles": "i32", "scale": "fp32", "TILE": 128}
+DUAL_F16 = DUAL | dict.fromkeys(("pair_ptr", "weight_ptr", "bias_ptr", "difference_ptr"), "*fp16")
+"""Arguments of all kernels of linear_kl_dual: each takes those that it names."""
+
+GEMM: dict[str, Any] = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*fp32", "bound_ptr": "*i32"}
+GEMM |= {"z_ptr": "*fp32", "group_max_ptr": "*i32", "first": "i32", "k": "i32", "PER_TILE": 4}
+GEMM |= {"rows": "i32:16", "width": "i32:16", "F": "i32:16", "groups": "i32"}
+FIRST = GEMM | {"bound_ptr": None, "bias_ptr": None}
+GROUPS = {"group_max_ptr": "*i32", "bias_ptr": None, "GROUP": 32}
+"""Arguments of encode_gemm's kernels; what the scan of their groups takes besides."""
+
 HISTOGRAM = {"z_ptr": "*fp32", "bias_ptr": "*fp32", "prefix_ptr": "*i64", "histogram_ptr": "*i64"}
 HISTOGRAM |= {"F": "i32:16", "shift": "i32", "DIGIT_BITS": 8, "BINS": 256}
 
@@ -130,6 +144,15 @@ CASES = [
     Case("linear_kl", "kl_rows_kernel", "bf16", _kl()),
     Case("linear_kl", "kl_rows_kernel", "bf16 bias softcap", _kl(bias_ptr="*bf16", softcap="fp32")),
     Case("linear_kl", "kl_rows_kernel", "f32 loss only", _kl(tile_ptr=None)),
+    Case("linear_kl_dual", "kl_dual_kernel", "bf16", DUAL, "16", matrix_units=True),
+    Case("linear_kl_dual", "kl_dual_kernel", "f16 bias", DUAL_F16, "16", matrix_units=True),
+    Case("linear_kl_dual", "kl_dual_kernel", "bf16 loss only", DUAL | {"e_ptr": None}, "16", matrix_units=True),
+    Case("linear_kl_dual", "kl_weights_kernel", "f32", DUAL, "16"),
+    Case("linear_kl_dual", "kl_weights_kernel", "f32 loss only", DUAL | {"u_ptr": None}, "16"),
+    Case("linear_kl_dual", "kl_combine_kernel", "bf16", DUAL, "16", matrix_units=True),
+    Case("linear_kl_dual", "kl_combine_kernel", "f16", DUAL_F16, "16", matrix_units=True),
+    Case("linear_kl_dual", "kl_difference_kernel", "bf16", DUAL, "16"),
+    Case("linear_kl_dual", "kl_difference_kernel", "f16", DUAL_F16, "16"),
     Case("decode", "gather_rows_kernel", "bf16", _gather("*bf16"), dtype="16"),
     Case("decode", "gather_rows_kernel", "f32", _gather("*fp32"), dtype="32"),
     Case("decode", "gather_rows_kernel", "dx bf16", _gather("*bf16", POSITIVE=False, scale_ptr=None), dtype="16"),
@@ -156,6 +179,21 @@ CASES = [
     Case("encode", "topk_scan_kernel", "f32 no bias k≤1024", _scan(2048, bias_ptr=None)),
     Case("encode", "topk_scan_kernel", "screen k≤64", _scan(256, **SPREADS)),
     Case("encode", "topk_scan_kernel", "f32 overflowed rows k≤64", _scan(256, ONLY_OVERFLOWED=True)),
+    Case("encode", "topk_scan_kernel", "groups k≤64", _scan(128, **GROUPS)),
+    Case("encode", "topk_scan_kernel", "groups k=1", _scan(32, k=1, **GROUPS)),
+    Case("encode_gemm", "topk_gemm_kernel", "bf16", GEMM, "16", matrix_units=True),
+    Case("encode_gemm", "topk_gemm_kernel", "bf16 first tiles", FIRST, "16", matrix_units=True),
+    Case("encode_gemm", "topk_gemm_kernel", "bf16 N=1", GEMM | {"rows": 1}, "16", matrix_units=True),
+    Case(
+        "encode_gemm",
+        "topk_gemm_kernel",
+        "f16",
+        GEMM | {"x_ptr": "*fp16", "weight_ptr": "*fp16"},
+        "16",
+        matrix_units=True,
+    ),
+    Case("encode_gemm", "topk_bound_kernel", "k≤64", GEMM, "16"),
+    Case("encode_gemm", "topk_bound_kernel", "k=1", GEMM | {"k": 1, "first": 1}, "16"),
     Case("encode", "rescore_kernel", "k≤64", RESCORE | {"CAPACITY": 256}),
     Case("encode", "round_rows_kernel", "f32", ROUND | {"D": "i32:16", "generous": "fp32"}),
     Case("encode", "topk_rank_kernel", "k≤64", _rank(128), size="narrow"),
@@ -215,7 +253,12 @@ def compile_case(case: Case, arch: str) -> dict[str, Any]:
         "num_warps": launch["num_warps"],
         **_resources(binary.asm["cubin"]),
         "shared_bytes": binary.metadata.shared,
+        "operands_in_registers": len(_REGISTER_OPERAND.findall(binary.asm["ptx"])),
     }
+
+
+_REGISTER_OPERAND = re.compile(r"wgmma\.mma_async\.\S+\s*\{[^}]*\}\s*,\s*\{")
+"""A Hopper product whose left operand is a list of registers instead of a descriptor of shared memory."""
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
@@ -230,8 +273,9 @@ def _resources(cubin: bytes) -> dict[str, int]:
         "registers": int(found["REG"]),
         "stack_bytes": int(found["STACK"]) + int(found["LOCAL"]),
         "spill_instructions": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        "wide_loads": len(re.findall(r"\bLDG\.E(?:\.\w+)*\.128\b", sass)),
-        "matrix_instructions": len(re.findall(r"\b(?:HGMMA|HMMA|IGMMA|IMMA)\b", sass)),
+        "wide_loads": len(re.findall(r"\bLDG(?:STS)?\.E(?:\.\w+)*\.128\b", sass)),
+        "wgmma": len(re.findall(r"\b[HI]GMMA\b", sass)),
+        "mma": len(re.findall(r"\b[HI]MMA\b", sass)),
     }
 
 
@@ -243,7 +287,9 @@ def _cuobjdump() -> str:
 
 
 def main() -> None:
-    rows = [compile_case(case, arch) for case in CASES for arch in CAPABILITIES]
+    pairs = [(case, arch) for case in CASES for arch in CAPABILITIES]
+    with ProcessPoolExecutor() as pool:
+        rows = list(pool.map(compile_case, *zip(*pairs, strict=True)))
     if "--markdown" not in sys.argv:
         print(*map(json.dumps, rows), sep="\n")
         return
@@ -253,7 +299,8 @@ def main() -> None:
         sizes = ", ".join(f"{name} {value}" for name, value in row.items() if name.isupper())
         cells = [f"`{row['kernel']}`", row["use"], row["arch"], sizes, row["num_warps"], row["registers"]]
         cells += [row["shared_bytes"], row["stack_bytes"] + row["spill_instructions"], row["wide_loads"]]
-        print("|", " | ".join(map(str, [*cells, row["matrix_instructions"]])), "|")
+        matrix = [f"{row[name]} {name}" for name in ("wgmma", "mma") if row[name]]
+        print("|", " | ".join(map(str, [*cells, ", ".join(matrix)])), "|")
 
 
 if __name__ == "__main__":
