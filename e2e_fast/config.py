@@ -161,6 +161,8 @@ class Config(BaseModel):
     """Centred writing weights, as every published e2e SAE was trained on, or the raw model. [ours]"""
     precision: Precision | None = None
     """Arithmetic of the matrix products. None: bf16 on CUDA, else fp32. [ours]"""
+    compile: bool = False
+    """Run the language model's blocks through torch.compile; an error where that is not active. [ours]"""
     device: str | None = None
     """None: CUDA where there is one, else CPU. [ours]"""
 

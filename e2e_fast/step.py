@@ -103,8 +103,10 @@ def forward_step(
     else:
         with timings.phase("student"):
             spliced = original.splice({position: autoencode_at(position) for position in saes})
+            if loss.logits_kl is not None:
+                spliced.run_to_end()
     with timings.phase("losses"):
-        total, terms = compute_loss(loss, acts, original, spliced, kl_rows)
+        total, terms = compute_loss(loss, acts, original, spliced, kl_rows, timings)
     return StepResult(total, terms, acts, original, spliced)
 
 
@@ -119,5 +121,4 @@ def original_pass(
     at = list(dict.fromkeys(position for saes, _ in wanted for position in saes))
     downstream = list(dict.fromkeys(position for _, loss in wanted for position in loss.downstream))
     suffix = not all(loss.is_local for _, loss in wanted)
-    with (timings or Timings(enabled=False)).phase("prefix and teacher" if suffix else "prefix"):
-        return lm.original(tokens, at=at, downstream=downstream, suffix=suffix)
+    return lm.original(tokens, at=at, downstream=downstream, suffix=suffix, timings=timings)

@@ -14,7 +14,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,11 +27,12 @@ from e2e_fast import checkpoint
 from e2e_fast.config import EVAL_SEED_OFFSET, Config, load_config
 from e2e_fast.data import TokenBatches
 from e2e_fast.distributed import World, join
-from e2e_fast.evaluation import evaluate
+from e2e_fast.evaluation import count_together, evaluate, evaluate_together
 from e2e_fast.lm import load_lm
 from e2e_fast.losses import LossConfig, LossName
 from e2e_fast.measure import Timings
-from e2e_fast.member import Member, TrainingStopped, crossed, first_samples, open_batches
+from e2e_fast.member import Member, TrainingStopped, crossed, first_samples, frequency_tokens, open_batches
+from e2e_fast.metrics import ActFrequency
 from e2e_fast.precision import Precision, arithmetic, resolve
 from e2e_fast.sae import SAE, SAETransformer
 from e2e_fast.step import original_pass
@@ -94,17 +95,17 @@ class Trainer:
         self.config = config = _for_world(load_config(config), self.world)
         device = self.world.device(config.device)
         self.precision: Precision = resolve(config.precision, device)
-        self.lm = load_lm(config.model if lm is None else lm, processing=config.lm_processing, device=device)
+        source = config.model if lm is None else lm
+        self.lm = load_lm(source, processing=config.lm_processing, device=device, compile=config.compile)
         self._names = list(config.members)
-        self.members = [
-            Member(member, self.lm, self.preset, init, tokens, self.world) for member in config.members.values()
-        ]
+        self.members = [Member(member, self.lm, self.preset, init, self.world) for member in config.members.values()]
         """The sets of SAEs in training: one, or those of a sweep."""
         self.timings = Timings(device, enabled=torch.device(device).type == "cpu")
         """Seconds by phase of the training steps; on a GPU set ``timings.enabled`` (each phase then synchronises)."""
         self.batches = open_batches(config, self.lm, "train", tokens, self.world)
         self.folder: Path | None = None
         """The run folder; a sweep's holds one for each member. None when nothing is saved."""
+        self._tokens = tokens
         self._quiet = quiet
         self._terminate = False
         if resume is not None:
@@ -130,8 +131,9 @@ class Trainer:
                         self._micro_batch(tokens)
                 if not self.world.share(self._is_saved()):
                     self.save()
-                for member in self.members:
-                    member.finish()
+                counts = self._final_counts()
+                for member, frequency in zip(self.members, counts, strict=True):
+                    member.finish(frequency)
         finally:
             self.batches.close()
             for member in self.members:
@@ -146,6 +148,7 @@ class Trainer:
         original = original_pass(self.lm, wanted, tokens, self.timings)
         for member in self.members:
             member.micro_batch(tokens, original, self.timings)
+        self._report()
         if not self._member.updated:
             return
         terminate = self.world.any(self._terminate)
@@ -154,6 +157,27 @@ class Trainer:
         if terminate:
             kept = f"go on with --resume {self.folder}" if self.folder else "save_dir is null, so nothing was kept"
             raise TrainingTerminated(f"SIGTERM at sample {self.samples}: {kept}")
+
+    def _report(self) -> None:
+        """The rows that are due, with the evaluation of all members that ask for one."""
+        due = [member for member in self.members if member.evaluation_due]
+        evaluations: dict[int, dict[str, float]] = {}
+        if due:
+            wanted = [(member.saes, member.evaluation_loss) for member in due]
+            with open_batches(due[0].config, self.lm, "eval") as batches:
+                found = evaluate_together(self.lm, wanted, first_samples(batches, self.config.eval_n_samples))
+            evaluations = {id(member): metrics for member, metrics in zip(due, found, strict=True)}
+        for member in self.members:
+            member.report(evaluations.get(id(member)))
+
+    def _final_counts(self) -> Sequence[ActFrequency | None]:
+        """How often features fire with the final weights, on training data from the start."""
+        config = self.members[0].config
+        if not config.collect_act_frequency_every_n_samples:
+            return [None] * len(self.members)
+        wanted = [(member.saes, member.loss) for member in self.members]
+        with open_batches(config, self.lm, "train", self._tokens, self.world) as batches:
+            return count_together(self.lm, wanted, batches, frequency_tokens(config, self.world))
 
     def _training_batches(self) -> Iterator[Tensor]:
         total = self.config.n_samples
