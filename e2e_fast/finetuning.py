@@ -120,7 +120,7 @@ def _of_transformer(
             "train_data": settings.get("train_data", data),
             "saes": {
                 "sae_positions": model.all_sae_positions,
-                "k": next(iter(model.by_position.values())).k,
+                **next(iter(model.by_position.values())).settings,
             },
         }
     )
