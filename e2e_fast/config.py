@@ -178,6 +178,8 @@ class Config(BaseModel):
     """Arithmetic of the matrix products. None: bf16 on CUDA, else fp32. [ours]"""
     compile: bool = False
     """Run the language model's blocks through torch.compile; an error where that is not active. [ours]"""
+    cuda_graphs: bool = False
+    """Record each micro-step as CUDA graphs and replay them. [ours]"""
     device: str | None = None
     """None: CUDA where there is one, else CPU. [ours]"""
 

@@ -549,6 +549,12 @@ class Spliced:
         lm = self._lm
         return lm._norm(lm._advance(self._stream, self._original._calls, self._next, lm.n_layers, self._visit))
 
+    def drop_graph(self) -> None:
+        """Keeps the numbers and forgets how they were made: for what is read after the backward pass."""
+        for kept in (self._visit.seen, self.__dict__):
+            kept.update({name: value.detach() for name, value in kept.items() if isinstance(value, Tensor)})
+        self._visit.replace = {}
+
     def logits(self) -> Tensor:
         """[B, T, V]."""
         return self._lm.unembed(self.final)

@@ -19,6 +19,7 @@ The Trainer calls this once a micro-batch; so can any other loop. Several sets o
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
@@ -68,7 +69,7 @@ def training_step(
     result = forward_step(lm, saes, loss, tokens, timings, original, kl_rows)
     with timings.phase("backward"), as_given(lm.device):
         (result.loss / accumulation_steps).backward()
-    return result._replace(loss=result.loss.detach())
+    return without_graph(result)
 
 
 def forward_step(
@@ -108,6 +109,17 @@ def forward_step(
     with timings.phase("losses"):
         total, terms = compute_loss(loss, acts, original, spliced, kl_rows, timings)
     return StepResult(total, terms, acts, original, spliced)
+
+
+def without_graph(result: StepResult) -> StepResult:
+    """The same numbers, without autograd's graph."""
+    acts = {}
+    for position, act in result.acts.items():
+        code = type(act.code)(*(tensor.detach() for tensor in act.code))
+        acts[position] = replace(act, input=act.input.detach(), output=act.output.detach(), code=code)
+    if result.spliced is not None:
+        result.spliced.drop_graph()
+    return result._replace(loss=result.loss.detach(), acts=acts)
 
 
 def original_pass(

@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from e2e_fast import checkpoint
+from e2e_fast import checkpoint, step
 from e2e_fast.config import EVAL_SEED_OFFSET, Config, load_config
+from e2e_fast.cuda_graphs import StepGraphs
 from e2e_fast.data import TokenBatches
 from e2e_fast.distributed import World, join
 from e2e_fast.evaluation import count_together, evaluate, evaluate_together
@@ -35,7 +36,6 @@ from e2e_fast.member import Member, TrainingStopped, crossed, first_samples, fre
 from e2e_fast.metrics import ActFrequency
 from e2e_fast.precision import Precision, arithmetic, resolve
 from e2e_fast.sae import SAE, SAETransformer
-from e2e_fast.step import original_pass
 
 
 class TrainingTerminated(TrainingStopped):
@@ -100,6 +100,8 @@ class Trainer:
         self._names = list(config.members)
         self.members = [Member(member, self.lm, self.preset, init, self.world) for member in config.members.values()]
         """The sets of SAEs in training: one, or those of a sweep."""
+        self.graphs = self._step_graphs(device)
+        """With ``cuda_graphs``, what runs the micro-steps, with counts of its recordings and replays."""
         self.timings = Timings(device, enabled=torch.device(device).type == "cpu")
         """Seconds by phase of the training steps; on a GPU set ``timings.enabled`` (each phase then synchronises)."""
         self.batches = open_batches(config, self.lm, "train", tokens, self.world)
@@ -115,6 +117,13 @@ class Trainer:
             self.folder = folder = self.world.share(_fresh_folder(config.save_dir / f"{config.run_name}_{stamp}"))
             for name, member in zip(self._names, self.members, strict=True):
                 member.folder = folder / name
+
+    def _step_graphs(self, device: str) -> StepGraphs | None:
+        if not self.config.cuda_graphs:
+            return None
+        if torch.device(device).type != "cuda":
+            raise ValueError(f"cuda_graphs needs an NVIDIA GPU, got device {device}: leave it false there")
+        return StepGraphs(member.saes for member in self.members)
 
     # ------------------------------------------------------------------ the loop
 
@@ -145,9 +154,10 @@ class Trainer:
         """One original pass for all; each member's own part; then the checkpoint, when one is due."""
         before = self.samples
         wanted = [(member.saes, member.loss) for member in self.members]
-        original = original_pass(self.lm, wanted, tokens, self.timings)
+        steps = self.graphs or step
+        original = steps.original_pass(self.lm, wanted, tokens, self.timings)
         for member in self.members:
-            member.micro_batch(tokens, original, self.timings)
+            member.micro_batch(tokens, original, self.timings, steps.training_step)
         self._report()
         if not self._member.updated:
             return
