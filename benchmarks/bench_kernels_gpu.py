@@ -32,7 +32,8 @@ from e2e_fast.kernels.triton.adam import adam_step
 from e2e_fast.kernels.triton.autoencode import code_backward
 from e2e_fast.kernels.triton.decode import decode, row_inverse_norms
 from e2e_fast.kernels.triton.encode import encode_relu, encode_topk, encode_topk_screened
-from e2e_fast.kernels.triton.linear_kl import linear_kl
+from e2e_fast.kernels.triton.linear_kl import linear_kl, padded_unembedding
+from e2e_fast.kernels.triton.linear_kl_dual import linear_kl_dual, serves
 from e2e_fast.measure import PeakMemory
 
 FLOPS_PER_S, BYTES_PER_S = 790e12, 4.3e12
@@ -91,6 +92,7 @@ def kl_operator(N: int, D: int, V: int, target_ms: float | None) -> Operator:
 
     providers: dict[str, Callable[[], Any]] = {
         "ours": lambda: linear_kl(student, teacher, weight, None, None, True),
+        **kl_variants(student, teacher, weight),
         "torch eager": eager,
         "torch.compile": compiled(eager),
         **kl_peers(student, teacher, weight),
@@ -98,7 +100,20 @@ def kl_operator(N: int, D: int, V: int, target_ms: float | None) -> Operator:
     # Eager torch rounds its logits to bf16 and misses by tens of percent: the tolerance only keeps out what is broken.
     flops, moved = 6 * N * D * V, 2 * V * D + 8 * N * D
     shape = f"N {N}, d {D}, V {V}, KL {float(expected) / len(rows):.3f}"
-    return Operator("linear_kl + gradient", shape, providers, error, 0.5, flops, moved, target_ms, ["kl_rows"])
+    kernels = [kernel for kernel in ("kl_rows", "kl_dual", "kl_combine") if SWEPT.get(kernel, "ours") in providers]
+    return Operator("linear_kl + gradient", shape, providers, error, 0.5, flops, moved, target_ms, kernels)
+
+
+def kl_variants(student: Tensor, teacher: Tensor, weight: Tensor) -> dict[str, Callable[[], Any]]:
+    """linear_kl's other ways, where they serve: what is measured here decides `_launch.VARIANTS`."""
+    if not serves(student.dtype, student.shape[1], None):
+        return {}
+
+    def dual(combine: bool) -> tuple[Tensor, Tensor]:
+        padded = padded_unembedding(weight, weight.dtype)
+        return linear_kl_dual(student, teacher, padded, len(weight), None, True, combine)
+
+    return {"ours, dual": lambda: dual(False), "ours, dual_combine": lambda: dual(True)}
 
 
 def kl_peers(student: Tensor, teacher: Tensor, weight: Tensor) -> dict[str, Callable[[], Any]]:
@@ -447,7 +462,23 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 # --- Other block sizes ------------------------------------------------------------------------------------------------
 
+SWEPT = {"kl_dual": "ours, dual", "kl_combine": "ours, dual_combine"}
+"""The provider whose time tells of a kernel, where it is not ``ours``."""
+
 SWEEP: dict[str, list[dict[str, int]]] = {
+    "kl_dual": [
+        {"BLOCK_R": r, "BLOCK_V": v, "BLOCK_D": d, "num_warps": w, "num_stages": s}
+        for r, v, d, w, s in ((128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (64, 128, 64, 4, 3), (64, 256, 64, 8, 3))
+    ],
+    "kl_combine": [
+        {"BLOCK_R": r, "BLOCK_D": d, "BLOCK_V": v, "SPLITS": p, "num_warps": w, "num_stages": s}
+        for r, d, v, p, w, s in (
+            (128, 256, 64, 4, 8, 3),
+            (128, 256, 64, 2, 8, 3),
+            (128, 256, 64, 4, 8, 2),
+            (64, 256, 32, 4, 4, 3),
+        )
+    ],
     "kl_rows": [{"BLOCK": b, "num_warps": w} for b, w in ((2048, 4), (4096, 8), (8192, 8), (8192, 16), (16384, 16))],
     "gather_rows": [
         {"BLOCK_K": k, "BLOCK_D": d, "num_warps": w}
@@ -473,7 +504,7 @@ def sweep(operator: Operator, rep_ms: int) -> Iterator[dict[str, Any]]:
             keep = table.get(("sm_90", "any", "any"), {})
             _launch.BLOCKS[kernel] = {(_launch.arch(DEVICE), "any", "any"): {**keep, **options}}
             try:
-                times = measure(operator.providers["ours"], rep_ms)
+                times = measure(operator.providers[SWEPT.get(kernel, "ours")], rep_ms)
             except triton.runtime.errors.OutOfResources as reason:
                 times = {"failed": str(reason)}
             finally:

@@ -160,6 +160,13 @@ def linear_kl(
     return terms.sum(-1).mean()
 
 
+def linear_kl_shared(
+    students: Tensor, teacher: Tensor, weight: Tensor, bias: Tensor | None = None, *, softcap: float | None = None
+) -> Tensor:
+    """`linear_kl` of each of S students (S, N, D) against one teacher (N, D): S losses."""
+    return torch.stack([linear_kl(student, teacher, weight, bias, softcap=softcap) for student in students])
+
+
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
     z = nnf.linear(hidden, weight, bias)
     return z if softcap is None else softcap * torch.tanh(z / softcap)

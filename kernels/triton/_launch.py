@@ -7,6 +7,7 @@ numbers); ``any`` matches everything. There is no autotuning: equal shapes give 
 
 import contextlib
 import functools
+import itertools
 from typing import Any
 
 import torch
@@ -42,6 +43,43 @@ BLOCKS: dict[str, dict[tuple[str, str, str], dict[str, int]]] = {
         ("sm_80", "any", "any"): {"BLOCK": 4096, "num_warps": 8, "enable_fp_fusion": False},
         ("sm_90", "any", "any"): {"BLOCK": 4096, "num_warps": 8, "enable_fp_fusion": False},
         ("interpreter", "any", "any"): {"BLOCK": 32},
+    },
+    "kl_dual": {
+        ("sm_80", "any", "any"): {"BLOCK_R": 64, "BLOCK_V": 128, "BLOCK_D": 32, "num_warps": 4, "num_stages": 4},
+        ("sm_90", "any", "any"): {"BLOCK_R": 128, "BLOCK_V": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3},
+        ("interpreter", "any", "any"): {"BLOCK_R": 8, "BLOCK_V": 16, "BLOCK_D": 16},
+    },
+    "kl_weights": {
+        ("sm_80", "any", "any"): {"BLOCK_R": 32, "BLOCK_T": 32, "num_warps": 4},
+        ("sm_90", "any", "any"): {"BLOCK_R": 32, "BLOCK_T": 32, "num_warps": 4},
+        ("interpreter", "any", "any"): {"BLOCK_R": 4, "BLOCK_T": 2},
+    },
+    "kl_combine": {
+        # No fused multiply-adds: u_s E_s - u_t E_t of equal inputs must cancel to exactly 0.
+        ("sm_80", "any", "any"): {
+            "BLOCK_R": 128,
+            "BLOCK_D": 128,
+            "BLOCK_V": 32,
+            "SPLITS": 4,
+            "num_warps": 8,
+            "num_stages": 3,
+            "enable_fp_fusion": False,
+        },
+        ("sm_90", "any", "any"): {
+            "BLOCK_R": 128,
+            "BLOCK_D": 256,
+            "BLOCK_V": 64,
+            "SPLITS": 4,
+            "num_warps": 8,
+            "num_stages": 3,
+            "enable_fp_fusion": False,
+        },
+        ("interpreter", "any", "any"): {"BLOCK_R": 16, "BLOCK_D": 16, "BLOCK_V": 16, "SPLITS": 2},
+    },
+    "kl_difference": {  # nor here
+        ("sm_80", "any", "any"): {"BLOCK_R": 32, "num_warps": 4, "enable_fp_fusion": False},
+        ("sm_90", "any", "any"): {"BLOCK_R": 32, "num_warps": 4, "enable_fp_fusion": False},
+        ("interpreter", "any", "any"): {"BLOCK_R": 4},
     },
     "gather_rows": {
         ("sm_80", "16", "any"): {"BLOCK_K": 16, "BLOCK_D": 256, "num_warps": 4},
@@ -92,6 +130,13 @@ BLOCKS: dict[str, dict[tuple[str, str, str], dict[str, int]]] = {
     },
 }
 
+VARIANTS: dict[str, dict[tuple[str, str, str], str]] = {
+    "linear_kl": {  # logits; dual, dual_combine: 16-bit products, narrow, no soft cap (see linear_kl_dual.py)
+        ("any", "any", "any"): "logits",
+    },
+}
+"""Which of several ways an operator takes, by the keys of `BLOCKS`. Chosen is what a GPU has shown to be fastest."""
+
 
 def arch(device: torch.device) -> str:
     """``sm_90`` from compute capability 9.0 on, ``sm_80`` before, ``interpreter`` in Triton's interpreter."""
@@ -112,11 +157,20 @@ def blocks(kernel: str, like: Tensor, width: int = 1) -> dict[str, Any]:
 
 def lookup(kernel: str, arch: str, dtype: str, size: str) -> dict[str, int]:
     """The most specific entry of ``BLOCKS[kernel]`` for these three keys; multiply-adds are fused unless it says no."""
-    table = BLOCKS[kernel]
-    for key in ((arch, dtype, size), (arch, dtype, "any"), (arch, "any", size), (arch, "any", "any")):
+    return {"enable_fp_fusion": True, **_most_specific(BLOCKS[kernel], kernel, arch, dtype, size)}
+
+
+def variant(operator: str, like: Tensor, width: int) -> str:
+    """The entry of ``VARIANTS[operator]`` for tensors like this one and rows of ``width`` numbers."""
+    dtype = "16" if like.element_size() == 2 else "32"
+    return _most_specific(VARIANTS[operator], operator, arch(like.device), dtype, size_class(width))
+
+
+def _most_specific(table: dict[tuple[str, str, str], Any], name: str, arch: str, dtype: str, size: str) -> Any:
+    for key in itertools.product((arch, "any"), (dtype, "any"), (size, "any")):
         if key in table:
-            return {"enable_fp_fusion": True, **table[key]}
-    raise KeyError(f"kernel {kernel!r} has no block sizes for arch {arch}, dtype {dtype}, size {size}")
+            return table[key]
+    raise KeyError(f"{name!r} has no entry for arch {arch}, dtype {dtype}, size {size}")
 
 
 def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *arguments: Any, **constants: Any) -> None:

@@ -25,7 +25,9 @@ from e2e_fast.kernels.triton._launch import (
     row_chunks,
     store_rounded,
     tl_accumulator,
+    variant,
 )
+from e2e_fast.kernels.triton.linear_kl_dual import linear_kl_dual, serves
 
 CHUNK_BYTES = 2 << 30
 """Scratch for one chunk of rows: both logits and their difference."""
@@ -45,6 +47,11 @@ def linear_kl(
     A teacher logit of -inf is legal (probability 0); a student logit of -inf where the teacher's is not gives inf.
     Nothing waits for the GPU, and identical inputs give exactly 0.
     """
+    dtype, D = promoted(student, teacher, weight), student.shape[1]
+    way = variant("linear_kl", student, D)
+    if way != "logits" and serves(dtype, D, softcap):
+        padded = padded_unembedding(weight, dtype)
+        return linear_kl_dual(student, teacher, padded, len(weight), bias, need_grad, combine=way == "dual_combine")
     loss, gradient = linear_kl_shared(student[None], teacher, weight, bias, softcap, need_grad)
     return loss[0], gradient[0] if need_grad else gradient
 

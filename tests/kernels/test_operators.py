@@ -79,6 +79,11 @@ def operator_calls() -> dict[str, tuple]:
             ),
         ),
         "linear_kl": (op.linear_kl, (x, teacher, unembed, bias, 2.0, True)),
+        "linear_kl_shared": (op.linear_kl_shared, (leaf(3, N, D), teacher, unembed, bias, 2.0, True)),
+        "linear_kl_shared[no gradient]": (
+            op.linear_kl_shared,
+            (leaf(2, N, D).detach(), teacher, unembed, None, None, False),
+        ),
         "linear_kl[no gradient]": (op.linear_kl, (x.detach(), teacher, unembed, None, None, False)),
     }
 

@@ -106,6 +106,12 @@ def _in_float64(arguments: dict[str, Any]) -> dict[str, Any]:
     return wide | {name: value for name, value in keys.items() if name in wide}
 
 
+DUAL: dict[str, Any] = {"pair_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": None, "e_ptr": "*fp16"}
+DUAL |= {"stats_ptr": "*fp32", "u_ptr": "*fp32", "loss_ptr": "*fp32", "parts_ptr": "*fp32", "difference_ptr": "*bf16"}
+DUAL |= {"rows": "i32:16", "width": "i32:16", "vocab": "i32", "tiles": "i32", "scale": "fp32", "TILE": 128}
+DUAL_F16 = DUAL | dict.fromkeys(("pair_ptr", "weight_ptr", "bias_ptr", "difference_ptr"), "*fp16")
+"""Arguments of all kernels of linear_kl_dual: each takes those that it names."""
+
 HISTOGRAM = {"z_ptr": "*fp32", "bias_ptr": "*fp32", "prefix_ptr": "*i64", "histogram_ptr": "*i64"}
 HISTOGRAM |= {"F": "i32:16", "shift": "i32", "DIGIT_BITS": 8, "BINS": 256}
 
@@ -117,6 +123,21 @@ CASES = [
     Case("linear_kl", "kl_rows_kernel", "bf16", _kl()),
     Case("linear_kl", "kl_rows_kernel", "bf16 bias softcap", _kl(bias_ptr="*bf16", softcap="fp32")),
     Case("linear_kl", "kl_rows_kernel", "f32 loss only", _kl(tile_ptr=None)),
+    Case("linear_kl_dual", "kl_dual_kernel", "bf16", DUAL, "16", matrix_units=True),
+    Case("linear_kl_dual", "kl_dual_kernel", "f16 bias", DUAL_F16, "16", matrix_units=True),
+    Case("linear_kl_dual", "kl_dual_kernel", "bf16 loss only", DUAL | {"e_ptr": None}, "16", matrix_units=True),
+    Case("linear_kl_dual", "kl_dual_kernel", "bf16 N=1 V≤128", DUAL | {"rows": 1, "tiles": 1}, "16", matrix_units=True),
+    Case("linear_kl_dual", "kl_weights_kernel", "f32", DUAL, "16"),
+    Case("linear_kl_dual", "kl_weights_kernel", "f32 loss only", DUAL | {"u_ptr": None}, "16"),
+    Case("linear_kl_dual", "kl_weights_kernel", "f32 N=1 V≤128", DUAL | {"rows": 1, "tiles": 1}, "16"),
+    Case("linear_kl_dual", "kl_combine_kernel", "bf16", DUAL, "16", matrix_units=True),
+    Case("linear_kl_dual", "kl_combine_kernel", "f16", DUAL_F16, "16", matrix_units=True),
+    Case(
+        "linear_kl_dual", "kl_combine_kernel", "bf16 N=1 V≤128", DUAL | {"rows": 1, "tiles": 1}, "16", matrix_units=True
+    ),
+    Case("linear_kl_dual", "kl_difference_kernel", "bf16", DUAL, "16"),
+    Case("linear_kl_dual", "kl_difference_kernel", "f16", DUAL_F16, "16"),
+    Case("linear_kl_dual", "kl_difference_kernel", "bf16 N=1 V≤128", DUAL | {"rows": 1, "tiles": 1}, "16"),
     Case("decode", "gather_rows_kernel", "bf16", _gather("*bf16"), dtype="16"),
     Case("decode", "gather_rows_kernel", "f32", _gather("*fp32"), dtype="32"),
     Case("decode", "gather_rows_kernel", "dx bf16", _gather("*bf16", POSITIVE=False, scale_ptr=None), dtype="16"),
@@ -187,7 +208,12 @@ def compile_case(case: Case, arch: str) -> dict[str, Any]:
         "num_warps": launch["num_warps"],
         **_resources(binary.asm["cubin"]),
         "shared_bytes": binary.metadata.shared,
+        "operands_in_registers": len(_REGISTER_OPERAND.findall(binary.asm["ptx"])),
     }
+
+
+_REGISTER_OPERAND = re.compile(r"wgmma\.mma_async\.\S+\s*\{[^}]*\}\s*,\s*\{")
+"""A Hopper product whose left operand is a list of registers instead of a descriptor of shared memory."""
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
@@ -203,7 +229,8 @@ def _resources(cubin: bytes) -> dict[str, int]:
         "stack_bytes": int(found["STACK"]) + int(found["LOCAL"]),
         "spill_instructions": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         "wide_loads": len(re.findall(r"\bLDG\.E(?:\.\w+)*\.128\b", sass)),
-        "matrix_instructions": len(re.findall(r"\b(?:HGMMA|HMMA|IGMMA|IMMA)\b", sass)),
+        "wgmma": len(re.findall(r"\b[HI]GMMA\b", sass)),
+        "mma": len(re.findall(r"\b[HI]MMA\b", sass)),
     }
 
 
@@ -225,7 +252,8 @@ def main() -> None:
         sizes = ", ".join(f"{name} {value}" for name, value in row.items() if name.isupper())
         cells = [f"`{row['kernel']}`", row["use"], row["arch"], sizes, row["num_warps"], row["registers"]]
         cells += [row["shared_bytes"], row["stack_bytes"] + row["spill_instructions"], row["wide_loads"]]
-        print("|", " | ".join(map(str, [*cells, row["matrix_instructions"]])), "|")
+        matrix = [f"{row[name]} {name}" for name in ("wgmma", "mma") if row[name]]
+        print("|", " | ".join(map(str, [*cells, ", ".join(matrix)])), "|")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as nnf
+from torch._subclasses.fake_tensor import FakeTensorMode
 from triton_checks import DEVICE, assert_close, error
 
+from e2e_fast import kernels
 from e2e_fast.kernels import reference
+from e2e_fast.kernels.triton import _launch, linear_kl_dual
 from e2e_fast.kernels.triton import linear_kl as module
 from e2e_fast.kernels.triton.linear_kl import linear_kl, linear_kl_shared, padded_unembedding
 
@@ -178,3 +181,32 @@ def test_integer_inputs_are_refused():
     z = torch.zeros(2, 2, dtype=torch.int64, device=DEVICE)
     with pytest.raises(ValueError, match="expected bfloat16"):
         linear_kl(z, z, z, None, None, True)
+
+
+def test_operators_trace_on_fake_cuda_tensors():
+    with FakeTensorMode():
+        student, teacher, weight = (torch.empty(n, 8, device="cuda", dtype=torch.bfloat16) for n in (5, 5, 45))
+        students = torch.empty(3, 5, 8, device="cuda", dtype=torch.bfloat16)
+        loss, dstudent = torch.ops.e2e_fast.linear_kl(student, teacher, weight, None, None, True)
+        losses, dstudents = torch.ops.e2e_fast.linear_kl_shared(students, teacher, weight, None, None, True)
+        mean = kernels.linear_kl(student, teacher, weight)
+    assert (loss.shape, losses.shape, mean.shape) == ((5,), (3, 5), ())
+    assert (dstudent.shape, dstudents.shape) == ((5, 8), (3, 5, 8))
+    assert {t.device.type for t in (loss, losses, mean, dstudent, dstudents)} == {"cuda"}
+    assert (loss.dtype, dstudent.dtype) == (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("need_grad", [True, False])
+@pytest.mark.parametrize("way", ["logits", "dual", "dual_combine"])
+def test_launching_reads_no_number_off_the_device(monkeypatch, way, need_grad):
+    # Fake tensors hold no data: an .item(), or a shape that depends on values, raises.
+    launched = []
+    for place in (module, linear_kl_dual):
+        monkeypatch.setattr(place, "launch", lambda kernel, *_, **__: launched.append(kernel))
+    monkeypatch.setitem(_launch.VARIANTS, "linear_kl", {("any", "any", "any"): way})
+    with FakeTensorMode():
+        student, teacher, weight = (torch.empty(n, 8, dtype=torch.bfloat16) for n in (300, 300, 45))
+        loss, gradient = linear_kl(student, teacher, weight, torch.empty(45), None, need_grad)
+    assert loss.shape == (300,)
+    assert gradient.shape == ((300, 8) if need_grad else (0,))
+    assert len(launched) == (1 if way == "logits" else 2 + need_grad)
