@@ -37,7 +37,7 @@ import contextlib
 import copy
 import difflib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,6 +45,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves
 
 from e2e_fast import embedded, kernels
@@ -514,6 +515,8 @@ class Spliced:
     def __init__(self, original: Original, replace: dict[str, Replacement]) -> None:
         lm = self._lm = original.lm
         self._original = original
+        self._token_kl: Tensor | None = None
+        """(B·T,), where `share_kl` has made it."""
         first = min(replace, key=lm._order.__getitem__)
         affected = {p for p in original if lm._order[p] >= lm._order[first]}
         self._visit = _Visit(affected, replace)
@@ -565,6 +568,8 @@ class Spliced:
         ``rows`` [n], int64, are the flattened tokens to take the mean over; None takes all.
         """
         student, teacher = self.final.flatten(0, 1), self._original.final.flatten(0, 1)
+        if rows is None and self._token_kl is not None:
+            return self._token_kl.mean()
         if rows is not None:
             student, teacher = student[rows], teacher[rows]
         unembed = self._lm.unembed
@@ -576,6 +581,39 @@ class Spliced:
     def mse(self, position: str) -> Tensor:
         """Mean squared difference between what arrives at a position and the original, over tokens and channels."""
         return nnf.mse_loss(self[position], self._original[position])
+
+
+def share_kl(passes: Sequence[Spliced], *, gradient: bool = True) -> None:
+    """Makes the KL of several spliced runs of one original pass, whose logits are formed once; `kl` then returns it.
+
+    The numbers are those of each run's own `kl`. All runs' graphs are alive at a time. ``gradient=False`` makes KLs
+    that cannot be trained on.
+    """
+    original, unembed = passes[0]._original, passes[0]._lm.unembed
+    finals = [spliced.final.flatten(0, 1) for spliced in passes]
+    students, teacher = lowered(torch.stack([final.detach() for final in finals]), original.final.flatten(0, 1))
+    # The operator itself: it gives the KL of every token, and the gradient of their sum.
+    token_kl, gradients = torch.ops.e2e_fast.linear_kl_shared(
+        students, teacher, unembed.reduced(), unembed.bias, unembed.softcap, gradient
+    )
+    for s, (spliced, final) in enumerate(zip(passes, finals, strict=True)):
+        spliced._token_kl = _TokenKL.apply(final, token_kl[s], gradients[s]) if gradient else token_kl[s]
+
+
+class _TokenKL(torch.autograd.Function):
+    """KLs that are known already, (N,), with their gradient with respect to the final hidden state, (N, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, final: Tensor, token_kl: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        ctx.dtype = final.dtype
+        return token_kl.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dkl: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * dkl[:, None]).to(gradient.dtype).to(ctx.dtype), None, None
 
 
 # --------------------------------------------------------------------------------------------------- running blocks

@@ -36,6 +36,7 @@ from e2e_fast.member import Member, TrainingStopped, crossed, first_samples, fre
 from e2e_fast.metrics import ActFrequency
 from e2e_fast.precision import Precision, arithmetic, resolve
 from e2e_fast.sae import SAE, SAETransformer
+from e2e_fast.step import SharedLogits
 
 
 class TrainingTerminated(TrainingStopped):
@@ -102,6 +103,9 @@ class Trainer:
         """The sets of SAEs in training: one, or those of a sweep."""
         self.graphs = self._step_graphs(device)
         """With ``cuda_graphs``, what runs the micro-steps, with counts of its recordings and replays."""
+        sweep = config.sweep
+        shares = sweep is not None and sweep.share_logits and len(self.members) > 1 and config.kl_positions == 1
+        self._shared = SharedLogits() if shares else None
         self.timings = Timings(device, enabled=torch.device(device).type == "cpu")
         """Seconds by phase of the training steps; on a GPU set ``timings.enabled`` (each phase then synchronises)."""
         self.batches = open_batches(config, self.lm, "train", tokens, self.world)
@@ -124,6 +128,11 @@ class Trainer:
         if torch.device(device).type != "cuda":
             raise ValueError(f"cuda_graphs needs an NVIDIA GPU, got device {device}: leave it false there")
         return StepGraphs(member.saes for member in self.members)
+
+    @property
+    def _steps(self) -> Any:
+        """What has `step.original_pass` and `step.training_step`."""
+        return self.graphs or self._shared or step
 
     # ------------------------------------------------------------------ the loop
 
@@ -154,10 +163,9 @@ class Trainer:
         """One original pass for all; each member's own part; then the checkpoint, when one is due."""
         before = self.samples
         wanted = [(member.saes, member.loss) for member in self.members]
-        steps = self.graphs or step
-        original = steps.original_pass(self.lm, wanted, tokens, self.timings)
+        original = self._steps.original_pass(self.lm, wanted, tokens, self.timings)
         for member in self.members:
-            member.micro_batch(tokens, original, self.timings, steps.training_step)
+            member.micro_batch(tokens, original, self.timings, self._steps.training_step)
         self._report()
         if not self._member.updated:
             return
