@@ -124,8 +124,8 @@ class Member:
     def report(self, evaluation: Mapping[str, float] | None = None) -> None:
         """Writes the row of the last micro-batch, if one is due, with the metrics of an evaluation."""
         if self._row is not None:
-            row = {"samples": float(self.samples)} | {k: float(v) for k, v in (self._row | (evaluation or {})).items()}
-            row = self.world.mean(row)
+            row: dict[str, Any] = {"samples": self.samples, **self._row, **(evaluation or {})}
+            row = self.world.mean({key: float(value) for key, value in row.items()})
             if not math.isfinite(row["loss"]):
                 self._stop_not_finite(row["loss"])
             self._write(row)

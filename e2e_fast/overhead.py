@@ -135,7 +135,7 @@ def measure_sharing(
     n_ctx = min(lm.n_ctx, 512) if n_ctx is None else n_ctx
     features = 8 * lm.d_model if features is None else features
     position = lm.check_position(f"blocks.{layer}.hook_resid_pre")
-    tokens = _tokens(model, lm, steps * batch_size, n_ctx)
+    tokens = _tokens(model, lm, (steps + 1) * batch_size, n_ctx)
     alone = _settings(lm, "e2e", position, features, k, batch_size, tokens)
     together = alone | {"sweep": {"seed": list(range(members))}}
     pairs = []
@@ -151,17 +151,19 @@ def measure_sharing(
 
 
 def _seconds(settings: dict[str, Any], lm: LM, tokens: Tensor, device: str) -> float:
-    """Of a training: CPU time on a CPU, which other programs do not lengthen, else wall-clock."""
+    """Of all steps of a training but the first, which logs: CPU time on a CPU, which other programs do not lengthen."""
     trainer = Trainer(settings, lm, tokens, quiet=True)
-    if torch.device(device).type == "cuda":
+    is_cuda = torch.device(device).type == "cuda"
+    clock = time.perf_counter if is_cuda else time.process_time
+    start = 0.0
+    for n in trainer.steps():
+        if n == 1:
+            if is_cuda:
+                torch.cuda.synchronize()
+            start = clock()
+    if is_cuda:
         torch.cuda.synchronize()
-        start = time.perf_counter()
-        trainer.fit()
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
-    start = time.process_time()
-    trainer.fit()
-    return time.process_time() - start
+    return clock() - start
 
 
 def _row(kind: str, phases: dict[str, float], peak: int, floor: float, tokens: Tensor, steps: int) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def lowered(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors if dtype is None else tuple(tensor.to(dtype) for tensor in tensors)
 
 
-def as_given(device: torch.device) -> contextlib.AbstractContextManager[None]:
+def as_given(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """``with as_given(device)``: operators take their inputs' dtypes, whatever is around."""
     if not torch.amp.is_autocast_available(device.type):  # the meta device, which has shapes alone
         return contextlib.nullcontext()

@@ -20,7 +20,7 @@ The Trainer calls this once a micro-batch; so can any other loop. Several sets o
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -79,7 +79,7 @@ def _backward(lm: "LM", result: StepResult, accumulation_steps: int, timings: Ti
 
 def forward_step(
     lm: "LM",
-    saes: "Mapping[str, SAE]",
+    saes: "Mapping[str, Callable[[Tensor], SAEActs]]",
     loss: LossConfig,
     tokens: Tensor,
     timings: Timings | None = None,
@@ -99,7 +99,7 @@ def forward_step(
 
 
 def _run(
-    saes: "Mapping[str, SAE]", loss: LossConfig, original: "Original", timings: Timings
+    saes: "Mapping[str, Callable[[Tensor], SAEActs]]", loss: LossConfig, original: "Original", timings: Timings
 ) -> "tuple[dict[str, SAEActs], Spliced | None]":
     """The SAEs and, unless the loss is local, the model behind them."""
     acts: dict[str, SAEActs] = {}
@@ -195,7 +195,7 @@ def without_graph(result: StepResult) -> StepResult:
 
 def original_pass(
     lm: "LM",
-    wanted: "Iterable[tuple[Mapping[str, SAE], LossConfig]]",
+    wanted: "Iterable[tuple[Mapping[str, Any], LossConfig]]",
     tokens: Tensor,
     timings: Timings | None = None,
 ) -> "Original":

@@ -143,10 +143,10 @@ class Trainer:
                 checkpoint.write_config(self.folder, self.config.model_dump(mode="json"))
             for i, member in enumerate(self.members):
                 member.start(console=not self._quiet and i == 0, alone=len(self.members) == 1)
+            with self._listening_for_sigterm():
+                for _ in self.steps():
+                    pass
             with arithmetic(self.precision, self.lm.device):
-                with self._listening_for_sigterm():
-                    for tokens in self._training_batches():
-                        self._micro_batch(tokens)
                 if not self.world.share(self._is_saved()):
                     self.save()
                 counts = self._final_counts()
@@ -158,6 +158,13 @@ class Trainer:
                 member.close()
         runs = [Run(member.model, member.history, member.folder) for member in self.members]
         return runs[0] if self.config.sweep is None else runs
+
+    def steps(self) -> Iterator[int]:
+        """Trains; hands back control after each micro-batch, with its number from 1. `fit` does this and the rest."""
+        for number, tokens in enumerate(self._training_batches(), start=1):
+            with arithmetic(self.precision, self.lm.device):
+                self._micro_batch(tokens)
+            yield number
 
     def _micro_batch(self, tokens: Tensor) -> None:
         """One original pass for all; each member's own part; then the checkpoint, when one is due."""

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from lm_models import FAMILIES, VOCAB, random_model, random_tokens
+from torch._dynamo.exc import Unsupported
 
 import e2e_fast
 from e2e_fast import load_lm, losses
@@ -101,7 +102,7 @@ def test_a_block_that_cannot_be_compiled_whole_is_an_error() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return -x if x.sum() > 0 else x
 
-    with pytest.raises(torch._dynamo.exc.Unsupported):
+    with pytest.raises(Unsupported):
         CompiledBlocks([Breaking()], "aot_eager")(0, torch.ones(2))
 
 
@@ -143,8 +144,8 @@ def test_a_sweep_trains_compiled_as_it_trains_eagerly(family: str, precision: st
     tokens = np.random.default_rng(0).integers(VOCAB, size=(18, 12))  # four batches of 4 and one of 2
     config = settings(sweep={"seed": [0, 1]}, precision=precision)
     lm = load_lm(random_model(family)).compile("aot_eager")
-    compiled = e2e_fast.train(config, lm, tokens, quiet=True)
-    eager = e2e_fast.train(config, random_model(family), tokens, quiet=True)
+    compiled: Any = e2e_fast.train(config, lm, tokens, quiet=True)
+    eager: Any = e2e_fast.train(config, random_model(family), tokens, quiet=True)
     assert lm.compiled is not None
     assert lm.compiled.runs == 5 * (3 + 2 * 2)  # five batches: three blocks once, two of each member
     assert lm.compiled.graphs <= 6
