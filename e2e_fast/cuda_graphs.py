@@ -18,6 +18,11 @@ graphs of its own, so that a change in one (dense to sparse) leaves the others' 
 
 Recording is a function ``record(work) -> (replay, outputs)``, a `CudaRecorder` unless another is given: ``work`` is run
 once to be recorded, and its outputs hold valid numbers after each ``replay()``.
+
+>>> from e2e_fast import Trainer                                               # doctest: +SKIP
+>>> trainer = Trainer("e2e.yaml")             # with cuda_graphs: true         # doctest: +SKIP
+>>> trainer.fit(); trainer.graphs.recordings, trainer.graphs.replays           # doctest: +SKIP
+(2, 1994)
 """
 
 import gc
@@ -93,8 +98,8 @@ class StepGraphs:
                 for recorded in (self._originals, *self._members.values()):
                     recorded.clear()  # the members' graphs read what the last recorded pass gave
                 self._originals[situation] = self._new(lambda: step.original_pass(lm, wanted, static))
-            self._recorded_original = self._replay(self._originals[situation])
-            return self._recorded_original
+            original = self._recorded_original = self._replay(self._originals[situation])
+            return original
 
     def training_step(
         self,

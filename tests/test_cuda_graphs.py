@@ -110,6 +110,11 @@ def test_a_change_of_phase_is_recorded_anew_and_a_smaller_last_batch_runs_eagerl
     assert graphs.recordings == 2 + 3
     assert graphs.replays == (12 - WARM_UP) * 2 + (12 - WARM_UP) + (6 - WARM_UP) * 2
 
+    schedule = [{"until": 0.4, "loss": "local"}, {"until": 0.7, "loss": "balanced"}, {"loss": "local"}]
+    graphs, ours = recorded(settings(schedule=schedule), model, tokens)
+    assert_equal(ours, e2e_fast.train(settings(schedule=schedule), model, tokens, quiet=True))
+    assert graphs.recordings == 3 * 2  # the second local phase reads activations at other addresses
+
     changes: dict[str, Any] = {"n_samples": None, "lr_schedule": "linear"}
     odd = tokens[:50]  # 12 batches of 4 and one of 2
     graphs, ours = recorded(settings(**changes), model, odd)
