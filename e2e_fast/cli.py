@@ -5,6 +5,7 @@ e2e-fast train config.yaml        what ``e2e_fast.train`` does
 e2e-fast eval out/my_run          what ``e2e_fast.evaluate`` does
 e2e-fast match A B                what ``e2e_fast.match_dictionaries`` does, for files
 e2e-fast bench overhead           what end-to-end training costs beside local, phase by phase
+e2e-fast bench sharing            what several SAEs in one process cost beside separate runs
 e2e-fast train-lm                 train the embedded language model anew
 e2e-fast info                     versions, devices, which kernels are active
 """
@@ -115,15 +116,20 @@ def overhead(
     batch_size: Annotated[int, typer.Option(help="Sequences a step.")] = 8,
     n_ctx: Annotated[int | None, typer.Option(help="Tokens a sequence.")] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps a round; three rounds are timed.")] = 10,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[Path | None, typer.Option("--json", help="Write the rows here too.")] = None,
 ) -> None:
     """Train local, e2e, e2e+downstream and the schedule side by side, and print where the time goes."""
+    from e2e_fast.info import describe
     from e2e_fast.overhead import measure_overhead
 
-    rows = measure_overhead(model, layer=layer, features=features, k=k, batch_size=batch_size, n_ctx=n_ctx, steps=steps)
-    if as_json:
-        print(json.dumps(rows, indent=1))
-        return
+    settings: dict[str, Any] = {
+        "layer": layer, "features": features, "k": k, "batch_size": batch_size, "n_ctx": n_ctx, "steps": steps
+    }  # fmt: skip
+    rows = measure_overhead(model, **settings)
+    if as_json is not None:
+        record = {"model": model, **settings, "machine": describe(), "rows": rows}
+        as_json.parent.mkdir(parents=True, exist_ok=True)
+        as_json.write_text(json.dumps(record, indent=1) + "\n")
     for row in rows:
         phases = "  ".join(f"{name} {ms:.1f}" for name, ms in row["phases"].items())
         print(
@@ -131,6 +137,28 @@ def overhead(
             f"{row['tokens/s']:10,.0f} tokens/s  peak {row['peak_bytes'] / 2**20:7.0f} MB  "
             f"{row['floor_share']:4.0%} of the FLOP floor's rate\n    {phases}"
         )
+
+
+@bench.command("sharing")
+def sharing(
+    model: Annotated[str, typer.Option(help="Name or folder of the language model.")] = "embedded",
+    members: Annotated[int, typer.Option(help="SAEs in the one process.")] = 4,
+    layer: Annotated[int | None, typer.Option(help="Block whose input the SAEs read; default: the middle.")] = None,
+    features: Annotated[int | None, typer.Option(help="d_sae; default: 8 times the model's width.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences a step.")] = 8,
+    n_ctx: Annotated[int | None, typer.Option(help="Tokens a sequence.")] = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps a round; three rounds are timed.")] = 10,
+) -> None:
+    """Train several e2e SAEs in one process and one alone, in turn, and print what sharing saves."""
+    from e2e_fast.overhead import measure_sharing
+
+    found = measure_sharing(
+        model, members=members, layer=layer, features=features, batch_size=batch_size, n_ctx=n_ctx, steps=steps
+    )
+    print(
+        f"{members} SAEs in one process: {found['ms']:.1f} ms a step and SAE, alone {found['alone_ms']:.1f} ms: "
+        f"{found['share']:.2f} of {members} separate runs"
+    )
 
 
 app.command("match")(match)

@@ -118,10 +118,17 @@ class SweepConfig(BaseModel):
     dict_size_to_input_ratio: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] | None = None
     sae_positions: Annotated[tuple[Positions, ...], Field(min_length=1)] | None = None
     """Each a position or a list of them."""
+    share_logits: bool = True
+    """Form the teacher's logits once for all. All members' activations are alive at a time then, instead of one's."""
+
+    @property
+    def values(self) -> dict[str, tuple[Any, ...]]:
+        """What is swept: key → values."""
+        return {key: values for key, values in self if isinstance(values, tuple)}
 
     def combinations(self) -> list[dict[str, Any]]:
         """Every combination of the values, the last key varying fastest."""
-        swept = {key: values for key, values in self if values is not None}
+        swept = self.values
         return [dict(zip(swept, chosen, strict=True)) for chosen in itertools.product(*swept.values())]
 
 
@@ -176,6 +183,10 @@ class Config(BaseModel):
     """Centred writing weights, as every published e2e SAE was trained on, or the raw model. [ours]"""
     precision: Precision | None = None
     """Arithmetic of the matrix products. None: bf16 on CUDA, else fp32. [ours]"""
+    compile: bool = False
+    """Run the language model's blocks through torch.compile; an error where that is not active. [ours]"""
+    cuda_graphs: bool = False
+    """Record each micro-step as CUDA graphs and replay them. [ours]"""
     device: str | None = None
     """None: CUDA where there is one, else CPU. [ours]"""
 
@@ -304,8 +315,7 @@ class Config(BaseModel):
         if self.wandb_run_name:
             return self.wandb_run_name_prefix + self.wandb_run_name
         if self.sweep is not None:
-            swept = [key for key, values in self.sweep if values is not None]
-            return f"{self.wandb_run_name_prefix}sweep_{'_'.join(swept)}"
+            return f"{self.wandb_run_name_prefix}sweep_{'_'.join(self.sweep.values)}"
         loss = self.loss
         parts = [f"seed-{self.seed}", f"lpcoeff-{loss.sparsity.coeff}"]
         if loss.out_to_in is not None and loss.out_to_in.coeff > 0:

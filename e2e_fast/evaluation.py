@@ -9,7 +9,7 @@ means over batches are weighted by their tokens.
 -0.021
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from e2e_fast import losses
 from e2e_fast.losses import InToOrigLoss, LossConfig, WeightedLoss
-from e2e_fast.metrics import step_metrics
-from e2e_fast.step import forward_step
+from e2e_fast.metrics import ActFrequency, step_metrics
+from e2e_fast.step import forward_step, original_pass
 
 if TYPE_CHECKING:
     from e2e_fast.lm import LM
@@ -40,7 +40,7 @@ def evaluate(
     """
     loss = losses.with_full_names(loss or losses.e2e(sparsity=0.0), model.lm.positions())
     loss = evaluation_loss(loss, model.lm, list(model.by_position))
-    return evaluate_saes(model.lm, model.by_position, loss, batches_of(tokens, batch_size))
+    return evaluate_together(model.lm, [(model.by_position, loss)], batches_of(tokens, batch_size))[0]
 
 
 def evaluation_loss(loss: LossConfig, lm: "LM", positions: list[str]) -> LossConfig:
@@ -57,21 +57,45 @@ def evaluation_loss(loss: LossConfig, lm: "LM", positions: list[str]) -> LossCon
 
 
 @torch.no_grad()
-def evaluate_saes(lm: "LM", saes: "Mapping[str, SAE]", loss: LossConfig, batches: Iterable[Tensor]) -> dict[str, float]:
-    """`evaluate` for SAEs by position; ``loss`` names its positions in full."""
-    sums: dict[str, Tensor] = {}
+def evaluate_together(
+    lm: "LM", members: "Sequence[tuple[Mapping[str, SAE], LossConfig]]", batches: Iterable[Tensor]
+) -> list[dict[str, float]]:
+    """`evaluate` of several sets of SAEs, each with its loss, on one original pass a batch.
+
+    The losses name their positions in full. Raises ValueError when there is no batch.
+    """
+    sums: list[dict[str, Tensor]] = [{} for _ in members]
     n_tokens = 0
     for tokens in batches:
-        tokens = tokens.to(lm.device)
-        result = forward_step(lm, saes, loss, tokens)
-        metrics = step_metrics(result, "eval", tokens)
-        for key, value in metrics.items():
-            weighted = value.double() * tokens.numel()
-            sums[key] = sums[key] + weighted if key in sums else weighted
+        tokens = tokens.to(lm.device, non_blocking=True)
+        original = original_pass(lm, members, tokens)
+        for total, (saes, loss) in zip(sums, members, strict=True):
+            result = forward_step(lm, saes, loss, tokens, original=original)
+            for key, value in step_metrics(result, "eval", tokens).items():
+                weighted = value.double() * tokens.numel()
+                total[key] = total[key] + weighted if key in total else weighted
         n_tokens += tokens.numel()
     if not n_tokens:
         raise ValueError("evaluation needs at least one batch of tokens, got none")
-    return {key: float(value / n_tokens) for key, value in sums.items()}
+    return [{key: float(value / n_tokens) for key, value in total.items()} for total in sums]
+
+
+@torch.no_grad()
+def count_together(
+    lm: "LM", members: "Sequence[tuple[Mapping[str, SAE], LossConfig]]", batches: Iterable[Tensor], n_tokens: int
+) -> list[ActFrequency]:
+    """How often the features of several sets of SAEs fire on the first ``n_tokens`` tokens, on one pass a batch."""
+    # What a single SAE sees does not depend on it, so the suffix need not run.
+    wanted = [(saes, losses.local(0.0) if len(saes) == 1 else loss) for saes, loss in members]
+    frequencies = [ActFrequency(n_tokens) for _ in wanted]
+    for tokens in batches:
+        tokens = tokens.to(lm.device, non_blocking=True)
+        original = original_pass(lm, wanted, tokens)
+        for frequency, (saes, loss) in zip(frequencies, wanted, strict=True):
+            frequency.update(forward_step(lm, saes, loss, tokens, original=original).acts)
+        if all(frequency.full for frequency in frequencies):
+            break
+    return frequencies
 
 
 def batches_of(tokens: "Tensor | np.ndarray | Iterable[Tensor]", batch_size: int) -> Iterable[Tensor]:

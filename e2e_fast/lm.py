@@ -33,10 +33,11 @@ LM(gpt2, 2 layers, d_model 16, d_vocab 50, n_ctx 32, processing transformer_lens
 0.0
 """
 
+import contextlib
 import copy
 import difflib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,11 +45,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves
 
 from e2e_fast import embedded, kernels
+from e2e_fast.compiled import CompiledBlocks
 from e2e_fast.lm_architectures import Tap, centre_unembedding, centre_writers, take_apart
-from e2e_fast.precision import as_given, lowered
+from e2e_fast.measure import Timings
+from e2e_fast.precision import as_given, lowered, reduced_dtype
 
 Replacement = Tensor | Callable[[Tensor], Tensor]
 """What a splice puts in an activation's place: a tensor, or a function of the activation that arrives there."""
@@ -87,6 +91,7 @@ def load_lm(
     *,
     dtype: torch.dtype | None = None,
     tokenizer: Any = None,
+    compile: bool = False,
 ) -> "LM":
     """A frozen LM from anything that holds one.
 
@@ -96,7 +101,7 @@ def load_lm(
     gives the activations and logits of TransformerLens' processed models: LayerNorm models have the weights that write
     to the residual stream centred, and models without a logit soft-cap their unembedding centred over the vocabulary.
     "none" leaves the model as it came. ``device=None`` leaves it where it is; ``tokenizer`` overrides the one found
-    beside the model.
+    beside the model. ``compile`` runs its blocks through torch.compile (`LM.compile`).
 
     Raises ValueError for an unknown architecture, processing or kind of object.
     """
@@ -105,7 +110,8 @@ def load_lm(
     if isinstance(model, LM):
         if processing not in (None, model.processing):
             raise ValueError(f"processing={processing!r} asked of an LM that was loaded with {model.processing!r}")
-        return model if device is None else model.to(device)
+        lm = model if device is None else model.to(device)
+        return lm.compile() if compile and lm.compiled is None else lm
     source = None
     if isinstance(model, str | os.PathLike):
         source = embedded.path() if str(model) == "embedded" else ALIASES.get(str(model), str(model))
@@ -115,7 +121,8 @@ def load_lm(
     elif dtype is not None:
         raise ValueError(f"dtype is for models loaded by name, got {dtype} and a {type(model).__name__}")
     lm = LM(model, processing or "transformer_lens", tokenizer=tokenizer, source=source)
-    return lm if device is None else lm.to(device)
+    lm = lm if device is None else lm.to(device)
+    return lm.compile() if compile else lm
 
 
 class LM:
@@ -134,6 +141,8 @@ class LM:
     unembed: "Unembedding"
     processing: str
     """"transformer_lens" or "none"."""
+    compiled: CompiledBlocks | None
+    """The blocks behind torch.compile, with counts of its graphs and their runs; None without `compile`."""
 
     def __init__(self, model: Any, processing: str, tokenizer: Any = None, source: str | None = None) -> None:
         parts = take_apart(model)
@@ -168,6 +177,7 @@ class LM:
         self._modules = nn.ModuleList([front, *blocks, norm, self.unembed]).eval()
         self.n_layers = len(self._blocks)
         self._order = _positions(self.n_layers, self._parallel)
+        self.compiled = None
         self._widths = self._probe()
 
     # --------------------------------------------------------------------------------------------------- what it is
@@ -192,8 +202,19 @@ class LM:
         """Moves this LM (never the model that it was made from) and returns it."""
         self._modules.to(device)
         self._known_calls.clear()
+        if self.compiled is not None:
+            self.compile(self.compiled.backend)
         if self._is_hooked:
             self.config.device = str(torch.device(device))
+        return self
+
+    def compile(self, backend: str = "inductor") -> "LM":
+        """Runs whole blocks through torch.compile from now on, and returns this LM.
+
+        A block with a position inside it (``hook_mlp_out`` …) runs in parts, which are not compiled. Nothing runs
+        uncompiled without an error: see `e2e_fast.compiled`. Graphs are made when a batch first needs them.
+        """
+        self.compiled = CompiledBlocks(self._blocks, backend)
         return self
 
     @property
@@ -251,11 +272,13 @@ class LM:
         at: str | Iterable[str] = (),
         downstream: str | Iterable[str] = (),
         suffix: bool = True,
+        timings: Timings | None = None,
     ) -> "Original":
         """The unchanged model on tokens [B, T], once and without a graph.
 
         at: position or positions that a splice will replace; downstream: positions to compare. Both can be read from
         the result. ``suffix=False`` stops after the last of them, for training that needs no output of the model.
+        ``timings`` receives the seconds of the prefix, up to the first replaced position, and of the teacher after it.
 
         Ids are compared with the vocabulary on the CPU only: a CUDA tensor would have to be waited for, so check it
         once with :meth:`check_tokens`.
@@ -274,10 +297,16 @@ class LM:
                 wanted |= {f"blocks.{layer}.hook_resid_pre", f"blocks.{layer}.hook_attn_out"}
         stop = self.n_layers if suffix else max(map(_blocks_needed, wanted), default=0)
 
-        visit = _Visit(wanted)
-        x, calls = self._embed(tokens.to(self.device, non_blocking=True))
-        x = self._advance(visit("blocks.0.hook_resid_pre", x), calls, 0, stop, visit)
-        return Original(self, tokens, at, named, visit.seen, calls, self._norm(x) if suffix else None)
+        cut = min([stop, *map(_blocks_needed, at)]) if suffix else stop
+
+        timings, visit = timings or Timings(enabled=False), _Visit(wanted)
+        with timings.phase("prefix"):
+            x, calls = self._embed(tokens.to(self.device, non_blocking=True))
+            x = self._advance(visit("blocks.0.hook_resid_pre", x), calls, 0, cut, visit)
+        with timings.phase("teacher") if suffix else contextlib.nullcontext():
+            x = self._advance(x, calls, cut, stop, visit)
+            final = self._norm(x) if suffix else None
+        return Original(self, tokens, at, named, visit.seen, calls, final)
 
     def _embed(self, tokens: Tensor) -> tuple[Tensor, list["_Call"]]:
         """The stream before block 0, [B, T, D], and the arguments that each block is called with."""
@@ -303,9 +332,14 @@ class LM:
                 attn_out = visit(f"blocks.{layer}.hook_attn_out", self._attention(layer, x, calls[layer]))
                 x = self._after_attention(layer, x, attn_out, visit)
             else:
-                x = _tensor(self._blocks[layer](x, *calls[layer].args, **calls[layer].kwargs))
+                x = self._whole_block(layer, x, calls[layer])
             x = self._between(layer, x, visit)
         return x
+
+    def _whole_block(self, layer: int, x: Tensor, call: "_Call") -> Tensor:
+        if self.compiled is not None:
+            return _tensor(self.compiled(layer, x, *call.args, **call.kwargs))
+        return _tensor(self._blocks[layer](x, *call.args, **call.kwargs))
 
     def _between(self, layer: int, x: Tensor, visit: "_Visit") -> Tensor:
         """Blocks ``layer`` and ``layer + 1`` share one tensor with two names."""
@@ -384,6 +418,17 @@ class Unembedding(nn.Module):
         super().__init__()
         # Registered as they come: a parameter that is also the embedding's stays one tensor when the LM moves.
         self.weight, self.bias, self.softcap = weight, bias, softcap
+        self._reduced: tuple[tuple[Any, ...], Tensor] | None = None
+
+    def reduced(self) -> Tensor:
+        """The weight as operators of ours take it: under autocast a cast copy, kept while the weight stays as it is."""
+        dtype = reduced_dtype(self.weight.device)
+        if dtype is None or self.weight.is_inference():  # such tensors count no versions
+            return lowered(self.weight)[0]
+        key = self.weight._version, self.weight.device, dtype
+        if self._reduced is None or self._reduced[0] != key:
+            self._reduced = key, self.weight.to(dtype)
+        return self._reduced[1]
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] → logits [..., V]."""
@@ -470,6 +515,8 @@ class Spliced:
     def __init__(self, original: Original, replace: dict[str, Replacement]) -> None:
         lm = self._lm = original.lm
         self._original = original
+        self._token_kl: Tensor | None = None
+        """(B·T,), where `share_kl` has made it."""
         first = min(replace, key=lm._order.__getitem__)
         affected = {p for p in original if lm._order[p] >= lm._order[first]}
         self._visit = _Visit(affected, replace)
@@ -495,11 +542,21 @@ class Spliced:
         seen = self._visit.seen
         return seen[position] if position in seen else self._original[position]
 
+    def run_to_end(self) -> None:
+        """Runs the blocks that wait, now."""
+        _ = self.final
+
     @cached_property
     def final(self) -> Tensor:
         """[B, T, D]: the hidden state after the final norm."""
         lm = self._lm
         return lm._norm(lm._advance(self._stream, self._original._calls, self._next, lm.n_layers, self._visit))
+
+    def drop_graph(self) -> None:
+        """Keeps the numbers and forgets how they were made: for what is read after the backward pass."""
+        for kept in (self._visit.seen, self.__dict__):
+            kept.update({name: value.detach() for name, value in kept.items() if isinstance(value, Tensor)})
+        self._visit.replace = {}
 
     def logits(self) -> Tensor:
         """[B, T, V]."""
@@ -511,16 +568,52 @@ class Spliced:
         ``rows`` [n], int64, are the flattened tokens to take the mean over; None takes all.
         """
         student, teacher = self.final.flatten(0, 1), self._original.final.flatten(0, 1)
+        if rows is None and self._token_kl is not None:
+            return self._token_kl.mean()
         if rows is not None:
             student, teacher = student[rows], teacher[rows]
         unembed = self._lm.unembed
-        student, teacher, weight = lowered(student, teacher, unembed.weight)
+        student, teacher = lowered(student, teacher)
+        weight = unembed.reduced()
         with as_given(student.device):
             return kernels.linear_kl(student, teacher, weight, unembed.bias, softcap=unembed.softcap)
 
     def mse(self, position: str) -> Tensor:
         """Mean squared difference between what arrives at a position and the original, over tokens and channels."""
         return nnf.mse_loss(self[position], self._original[position])
+
+
+def share_kl(passes: Sequence[Spliced], *, gradient: bool = True) -> None:
+    """Makes the KL of several spliced runs of one original pass, whose logits are formed once; `kl` then returns it.
+
+    The numbers are those of each run's own `kl`. All runs' graphs are alive at a time. ``gradient=False`` makes KLs
+    that cannot be trained on.
+    """
+    original, unembed = passes[0]._original, passes[0]._lm.unembed
+    finals = [spliced.final.flatten(0, 1) for spliced in passes]
+    students, teacher = lowered(torch.stack([final.detach() for final in finals]), original.final.flatten(0, 1))
+    # The operator itself: it gives the KL of every token, and the gradient of their sum.
+    token_kl, gradients = torch.ops.e2e_fast.linear_kl_shared(
+        students, teacher, unembed.reduced(), unembed.bias, unembed.softcap, gradient
+    )
+    for s, (spliced, final) in enumerate(zip(passes, finals, strict=True)):
+        spliced._token_kl = _TokenKL.apply(final, token_kl[s], gradients[s]) if gradient else token_kl[s]
+
+
+class _TokenKL(torch.autograd.Function):
+    """KLs that are known already, (N,), with their gradient with respect to the final hidden state, (N, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, final: Tensor, token_kl: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        ctx.dtype = final.dtype
+        return token_kl.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dkl: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * dkl[:, None]).to(gradient.dtype).to(ctx.dtype), None, None
 
 
 # --------------------------------------------------------------------------------------------------- running blocks

@@ -30,6 +30,7 @@ import torch.nn.functional as nnf
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, model_validator
 from torch import Tensor
 
+from e2e_fast.measure import Timings
 from e2e_fast.positions import resolve_positions
 
 if TYPE_CHECKING:
@@ -194,12 +195,14 @@ def compute_loss(
     original: "Original",
     spliced: "Spliced | None",
     kl_rows: Tensor | None = None,
+    timings: Timings | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted total (a scalar) and every single loss, unweighted, under e2e_sae's key ("sparsity/{position}").
 
     ``spliced`` is None in local training. A loss with coefficient 0 is logged and not trained on. ``kl_rows`` [n] are
-    the flattened tokens whose KL is averaged; None takes all.
+    the flattened tokens whose KL is averaged; None takes all. ``timings`` receives the seconds of the KL.
     """
+    timings = timings or Timings(enabled=False)
     terms: dict[str, Tensor] = {}
     used: list[Tensor] = []
 
@@ -222,7 +225,8 @@ def compute_loss(
             for position in config.in_to_orig.hook_positions:
                 add(f"in_to_orig/{position}", share, spliced.mse(position))
         if config.logits_kl is not None:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and config.logits_kl.coeff > 0):
+            wanted = torch.is_grad_enabled() and config.logits_kl.coeff > 0
+            with timings.phase("KL"), torch.set_grad_enabled(wanted):
                 kl = spliced.kl(kl_rows)
             scale: Tensor | float = 1.0
             if config.balanced:

@@ -3,7 +3,8 @@
 A run has one member; a sweep has several, which share the language model, the batches and each batch's original pass.
 A member knows nothing of the others: it does in a sweep what it would do alone.
 
-    micro-batch   `step.training_step` → counters → on a full accumulation: clip, Adam → log rows that are due
+    micro-batch   `step.training_step` → counters → on a full accumulation: clip, Adam → metrics, when a row is due
+    report        that row, with an evaluation when one is due, to the logs
     checkpoint    weights, optimizer, random state, counters, position in the data: all that the next step depends on
 
 >>> from e2e_fast.trainer import Trainer                                       # doctest: +SKIP
@@ -12,7 +13,7 @@ A member knows nothing of the others: it does in a sweep what it would do alone.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from e2e_fast import checkpoint, losses
+from e2e_fast import checkpoint
 from e2e_fast.config import EVAL_SEED_OFFSET, Config
 from e2e_fast.data import TokenBatches
 from e2e_fast.distributed import World
-from e2e_fast.evaluation import evaluate_saes, evaluation_loss
+from e2e_fast.evaluation import evaluation_loss
 from e2e_fast.lm import LM, Original
 from e2e_fast.log import ConsoleLog, JsonlLog, Log, WandbLog, keep_rows
 from e2e_fast.losses import LossConfig, LossName
@@ -33,7 +34,7 @@ from e2e_fast.metrics import ActFrequency, step_metrics
 from e2e_fast.optimizer import Adam
 from e2e_fast.sae import SAETransformer, load_e2e_sae, to_e2e_sae
 from e2e_fast.schedule import Phase, learning_rate, phases
-from e2e_fast.step import StepResult, forward_step, training_step
+from e2e_fast.step import StepResult, training_step
 
 COUNTERS = ("samples", "micro_batches", "grad_updates", "total_tokens")
 
@@ -51,10 +52,9 @@ class Member:
         lm: LM,
         preset: LossName | None = None,
         init: Mapping[str, Tensor] | None = None,
-        tokens: "Tensor | np.ndarray | None" = None,
         world: World | None = None,
     ) -> None:
-        """``preset`` replaces the configuration's loss but for its sparsity; ``init`` and ``tokens`` are `train`'s."""
+        """``preset`` replaces the configuration's loss but for its sparsity; ``init`` is `train`'s."""
         self.config, self.lm = config, lm
         self.world = world or World()
         self.accumulation = config.samples_per_step // (config.batch_size * self.world.size)
@@ -88,20 +88,29 @@ class Member:
         self.frequency: ActFrequency | None = None
         self.folder: Path | None = None
         self.last_checkpoint: Path | None = None
-        self._tokens = tokens
+        self.evaluation_due = False
+        """Whether the row that `report` writes next is to hold an evaluation."""
+        self._row: dict[str, Any] | None = None
+        self._advanced = 0
         self._logs: list[Log] = []
 
     # ------------------------------------------------------------------ training
 
-    def micro_batch(self, tokens: Tensor, original: Original, timings: Timings) -> None:
-        """One micro-batch and, when it completes an optimizer step, the update; then whatever is to be logged."""
+    def micro_batch(
+        self, tokens: Tensor, original: Original, timings: Timings, step: Callable[..., StepResult] = training_step
+    ) -> None:
+        """One micro-batch and, when it completes an optimizer step, the update; `report` is to follow.
+
+        ``step`` is `step.training_step` or does the same.
+        """
         config = self.config
-        result = training_step(
+        result = step(
             self.lm, self.saes, self.loss, tokens,
             accumulation_steps=self.accumulation, timings=timings, original=original, kl_rows=self._kl_rows(tokens),
         )  # fmt: skip
         before, first = self.samples, self.micro_batches == 0
-        self.samples += len(tokens) * self.world.size
+        self._advanced = len(tokens) * self.world.size
+        self.samples += self._advanced
         self.total_tokens += tokens.numel() * self.world.size
         self.micro_batches += 1
         self._require_finite(result)
@@ -109,13 +118,22 @@ class Member:
         grad_norm = self._update(timings) if self.updated else None
 
         due = first or (self.updated and self.grad_updates % config.log_every_n_grad_steps == 0)
-        evaluate = config.eval_every_n_samples is not None and (
+        self.evaluation_due = config.eval_every_n_samples is not None and (
             first or crossed(before, self.samples, config.eval_every_n_samples) or self.samples == config.n_samples
         )
-        if due or evaluate:
-            self._log(result, tokens, grad_norm, evaluate)
+        self._row = self._metrics(result, tokens, grad_norm) if due or self.evaluation_due else None
+
+    def report(self, evaluation: Mapping[str, float] | None = None) -> None:
+        """Writes the row of the last micro-batch, if one is due, with the metrics of an evaluation."""
+        if self._row is not None:
+            row: dict[str, Any] = {"samples": self.samples, **self._row, **(evaluation or {})}
+            row = self.world.mean({key: float(value) for key, value in row.items()})
+            if not math.isfinite(row["loss"]):
+                self._stop_not_finite(row["loss"])
+            self._write(row)
+            self._row = None
         for log in self._logs:
-            log.advance(len(tokens) * self.world.size)
+            log.advance(self._advanced)
 
     @property
     def updated(self) -> bool:
@@ -156,11 +174,23 @@ class Member:
         n = tokens.numel()
         draw = np.random.default_rng([self.config.seed, self.samples + self.world.rank * len(tokens)])
         rows = draw.choice(n, max(1, round(share * n)), replace=False)
-        return torch.from_numpy(rows).to(tokens.device, non_blocking=True)
+        rows = torch.from_numpy(rows)
+        if tokens.device.type == "cuda":
+            rows = rows.pin_memory()  # from other memory a copy would be waited for
+        return rows.to(tokens.device, non_blocking=True)
 
-    def finish(self) -> None:
-        """The last row: what is counted with the final weights."""
-        self._write({"samples": float(self.samples), **self._final_frequency()})
+    @property
+    def evaluation_loss(self) -> LossConfig:
+        """What an evaluation measures: the loss, and the terms that only training leaves out."""
+        return evaluation_loss(self.loss, self.lm, list(self.saes))
+
+    def finish(self, frequency: ActFrequency | None) -> None:
+        """The last row: ``frequency`` was counted with the final weights, on this process's part of the data."""
+        row = {"samples": float(self.samples)}
+        if frequency is not None:
+            frequency.counts = self.world.sum(frequency.counts)
+            row |= frequency.metrics("_final")
+        self._write(row)
 
     def _require_finite(self, result: StepResult) -> None:
         # On a GPU this would wait for the device, so there only the steps that log look.
@@ -210,7 +240,8 @@ class Member:
         for log in self._logs:
             log.row(row)
 
-    def _log(self, result: StepResult, tokens: Tensor, grad_norm: Tensor | None, evaluate: bool) -> None:
+    def _metrics(self, result: StepResult, tokens: Tensor, grad_norm: Tensor | None) -> dict[str, Any]:
+        """What a row holds of a micro-batch: numbers, and scalars that are still on their device."""
         metrics: dict[str, Any] = {
             "loss": result.loss / self.accumulation,
             "grad_updates": self.grad_updates,
@@ -224,19 +255,7 @@ class Member:
             self.frequency.counts = self.world.sum(self.frequency.counts)
             metrics.update(self.frequency.metrics())
             self.frequency = None
-        if evaluate:
-            metrics.update(self.evaluate())
-        row = {"samples": float(self.samples)} | {key: float(value) for key, value in metrics.items()}
-        row = self.world.mean(row)
-        if not math.isfinite(row["loss"]):
-            self._stop_not_finite(row["loss"])
-        self._write(row)
-
-    def evaluate(self) -> dict[str, float]:
-        """`e2e_fast.evaluate` of the current weights on ``eval_data``: on all of it, in every process."""
-        loss = evaluation_loss(self.loss, self.lm, list(self.saes))
-        with open_batches(self.config, self.lm, "eval") as batches:
-            return evaluate_saes(self.lm, self.saes, loss, first_samples(batches, self.config.eval_n_samples))
+        return metrics
 
     def _count_activations(self, result: StepResult, before: int) -> None:
         every = self.config.collect_act_frequency_every_n_samples
@@ -245,25 +264,8 @@ class Member:
         if self.frequency is not None and not self.frequency.full:
             self.frequency.update(result.acts)
 
-    @torch.no_grad()
-    def _final_frequency(self) -> dict[str, float]:
-        """Alive features counted with the final weights, on training data from the start."""
-        if not self.config.collect_act_frequency_every_n_samples:
-            return {}
-        frequency = self._new_frequency()
-        # With one SAE what it sees does not depend on the SAE, so the suffix need not run.
-        loss = losses.local(0.0) if len(self.saes) == 1 else self.loss
-        with open_batches(self.config, self.lm, "train", self._tokens, self.world) as batches:
-            for tokens in batches:
-                frequency.update(forward_step(self.lm, self.saes, loss, tokens.to(self.lm.device)).acts)
-                if frequency.full:
-                    break
-        frequency.counts = self.world.sum(frequency.counts)
-        return frequency.metrics("_final")
-
     def _new_frequency(self) -> ActFrequency:
-        """For this process's part of the window."""
-        return ActFrequency(math.ceil(self.config.act_frequency_n_tokens / self.world.size))
+        return ActFrequency(frequency_tokens(self.config, self.world))
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -390,7 +392,13 @@ def open_batches(
         vocab_size=lm.d_vocab,
         rank=world.rank,
         world_size=world.size,
+        pin_memory=lm.device.type == "cuda",
     )
+
+
+def frequency_tokens(config: Config, world: World) -> int:
+    """This process's part of a window in which activations are counted, tokens."""
+    return math.ceil(config.act_frequency_n_tokens / world.size)
 
 
 def first_samples(batches: TokenBatches, n: int | None) -> Iterator[Tensor]:

@@ -126,8 +126,20 @@ def performance(original: "Original", spliced: "Spliced", tokens: Tensor) -> dic
     }
 
 
+def _add_histogram(counts: Tensor, act: "SAEActs") -> None:
+    """Adds to counts (d_sae,) on how many tokens each feature fires: in place, and no GPU is waited for."""
+    fires = act.code.values.detach() > 0
+    if act.is_dense:
+        counts += fires.sum(0)
+    else:  # an unused slot adds 0 to feature 0
+        counts.scatter_add_(0, act.code.indices.flatten().long(), fires.flatten().long())
+
+
 class ActFrequency:
-    """How often each feature fires, counted over a window of at least ``n_tokens`` tokens while training goes on."""
+    """How often each feature fires, counted over a window of at least ``n_tokens`` tokens while training goes on.
+
+    The counts stay on the device until they are asked for.
+    """
 
     def __init__(self, n_tokens: int) -> None:
         self.n_tokens = n_tokens
@@ -137,8 +149,9 @@ class ActFrequency:
     def update(self, acts: "dict[str, SAEActs]") -> None:
         """Adds a batch."""
         for position, act in acts.items():
-            counts = act.counts()
-            self.counts[position] = self.counts[position] + counts if position in self.counts else counts
+            if position not in self.counts:
+                self.counts[position] = torch.zeros(act.d_sae, dtype=torch.int64, device=act.code.values.device)
+            _add_histogram(self.counts[position], act)
         self.tokens += next(iter(acts.values())).input.shape[:-1].numel()
 
     @property

@@ -30,6 +30,9 @@ from e2e_fast.lm import LM, load_lm
 from e2e_fast.measure import PeakMemory
 from e2e_fast.trainer import Trainer
 
+PHASES = ("data", "prefix", "teacher", "SAE", "student", "KL", "losses", "backward", "optimizer")
+"""Of a step, in its order."""
+
 BALANCED_SHARE = 0.05
 """Share of the schedule's steps that run the whole model."""
 
@@ -52,8 +55,10 @@ def measure_overhead(
     features: d_sae (default 8 · d_in); k active features a token; batch_size sequences of n_ctx tokens (default: the
     model's context, at most 512); ``steps`` optimizer steps a round. Tokens are random unless the model is "embedded".
 
-    A row holds ``kind``, ``phases`` (milliseconds a step by name), ``ms`` (their sum), ``tokens/s``, ``peak_bytes``,
-    ``floor_gflop``, ``floor_share`` (floor time / time) and ``overhead`` (time / local time).
+    A row holds ``kind``, ``phases`` (milliseconds a step by the names of `PHASES`, those that the kind has), ``ms``
+    (their sum), ``tokens/s``, ``peak_bytes``, ``floor_gflop``, ``floor_share`` (floor time / time) and ``overhead``
+    (time / local time). A phase is timed without those inside it: "student" is the model behind the SAE, "losses" all
+    losses but the KL.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     lm = load_lm(model, device=device)
@@ -78,7 +83,10 @@ def measure_overhead(
     rate = _product_rate(torch.device(device))
     rows = []
     for kind in kinds:
-        names = samples[kind][0].timings.seconds
+        seen = samples[kind][0].timings.seconds
+        if unknown := set(seen) - set(PHASES):
+            raise AssertionError(f"phases must be among {PHASES}, got {sorted(unknown)}")
+        names = [name for name in PHASES if name in seen]
         phases = {
             name: statistics.median(t.timings.seconds[name] for t in samples[kind]) / steps * 1e3 for name in names
         }
@@ -103,6 +111,61 @@ def floor_flops(lm: LM, kind: str, layer: int, features: int, k: int, n_ctx: int
     return local + 2 * suffix * block + suffix * (2 * P + 5 * T * D) + 6 * D * lm.d_vocab
 
 
+def measure_sharing(
+    model: Any = "embedded",
+    *,
+    members: int = 4,
+    layer: int | None = None,
+    features: int | None = None,
+    k: int = 32,
+    batch_size: int = 8,
+    n_ctx: int | None = None,
+    steps: int = 10,
+    rounds: int = 3,
+    device: str | None = None,
+) -> dict[str, float]:
+    """What e2e SAEs of several seeds cost in one process, beside as many runs of their own: the medians of the rounds.
+
+    Arguments as in `measure_overhead`. ``ms`` and ``alone_ms`` are milliseconds of a step and SAE in the sweep and
+    alone, ``share`` the median over the rounds of their ratio. On a CPU they are CPU time, of all threads.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    lm = load_lm(model, device=device)
+    layer = lm.n_layers // 2 if layer is None else layer
+    n_ctx = min(lm.n_ctx, 512) if n_ctx is None else n_ctx
+    features = 8 * lm.d_model if features is None else features
+    position = lm.check_position(f"blocks.{layer}.hook_resid_pre")
+    tokens = _tokens(model, lm, (steps + 1) * batch_size, n_ctx)
+    alone = _settings(lm, "e2e", position, features, k, batch_size, tokens)
+    together = alone | {"sweep": {"seed": list(range(members))}}
+    pairs = []
+    for number in range(rounds + 1):  # the first round warms up
+        pair = [_seconds(settings, lm, tokens, device) / steps * 1e3 for settings in (together, alone)]
+        if number:
+            pairs.append((pair[0] / members, pair[1]))
+    return {
+        "ms": statistics.median(ours for ours, _ in pairs),
+        "alone_ms": statistics.median(theirs for _, theirs in pairs),
+        "share": statistics.median(ours / theirs for ours, theirs in pairs),
+    }
+
+
+def _seconds(settings: dict[str, Any], lm: LM, tokens: Tensor, device: str) -> float:
+    """Of all steps of a training but the first, which logs: CPU time on a CPU, which other programs do not lengthen."""
+    trainer = Trainer(settings, lm, tokens, quiet=True)
+    is_cuda = torch.device(device).type == "cuda"
+    clock = time.perf_counter if is_cuda else time.process_time
+    start = 0.0
+    for n in trainer.steps():
+        if n == 1:
+            if is_cuda:
+                torch.cuda.synchronize()
+            start = clock()
+    if is_cuda:
+        torch.cuda.synchronize()
+    return clock() - start
+
+
 def _row(kind: str, phases: dict[str, float], peak: int, floor: float, tokens: Tensor, steps: int) -> dict[str, Any]:
     per_step = tokens.numel() // steps
     total = sum(phases.values())
@@ -120,7 +183,7 @@ def _schedule(local: dict[str, Any], balanced: dict[str, Any]) -> dict[str, Any]
     def mix(a: float, b: float) -> float:
         return (1 - BALANCED_SHARE) * a + BALANCED_SHARE * b
 
-    names = [*local["phases"], *(name for name in balanced["phases"] if name not in local["phases"])]
+    names = [name for name in PHASES if name in balanced["phases"]]
     ms = mix(local["ms"], balanced["ms"])
     return {
         "kind": "schedule",

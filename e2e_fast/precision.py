@@ -43,15 +43,22 @@ def arithmetic(precision: Precision, device: torch.device | str) -> Iterator[Non
         torch.set_float32_matmul_precision(before)
 
 
+def reduced_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype to which inputs of products are rounded here; None where they stay as they are."""
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
 def lowered(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Inputs of an operator of ours, which autocast does not see: cast as it would cast them, or as they are."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(tensor.to(dtype) for tensor in tensors)
+    dtype = reduced_dtype(tensors[0].device)
+    return tensors if dtype is None else tuple(tensor.to(dtype) for tensor in tensors)
 
 
-def as_given(device: torch.device) -> torch.autocast:
+def as_given(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """``with as_given(device)``: operators take their inputs' dtypes, whatever is around."""
+    if not torch.amp.is_autocast_available(device.type):  # the meta device, which has shapes alone
+        return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)

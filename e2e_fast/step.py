@@ -19,16 +19,18 @@ The Trainer calls this once a micro-batch; so can any other loop. Several sets o
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from e2e_fast.lm import Spliced, share_kl
 from e2e_fast.losses import LossConfig, compute_loss
 from e2e_fast.measure import Timings
 from e2e_fast.precision import as_given
 
 if TYPE_CHECKING:
-    from e2e_fast.lm import LM, Original, Spliced
+    from e2e_fast.lm import LM, Original
     from e2e_fast.sae import SAE, SAEActs
 
 
@@ -66,14 +68,18 @@ def training_step(
     """
     timings = timings or Timings(enabled=False)
     result = forward_step(lm, saes, loss, tokens, timings, original, kl_rows)
+    return _backward(lm, result, accumulation_steps, timings)
+
+
+def _backward(lm: "LM", result: StepResult, accumulation_steps: int, timings: Timings) -> StepResult:
     with timings.phase("backward"), as_given(lm.device):
         (result.loss / accumulation_steps).backward()
-    return result._replace(loss=result.loss.detach())
+    return without_graph(result)
 
 
 def forward_step(
     lm: "LM",
-    saes: "Mapping[str, SAE]",
+    saes: "Mapping[str, Callable[[Tensor], SAEActs]]",
     loss: LossConfig,
     tokens: Tensor,
     timings: Timings | None = None,
@@ -86,6 +92,16 @@ def forward_step(
         original = original_pass(lm, [(saes, loss)], tokens, timings)
     else:
         original = original.restrict(saes, loss.downstream)
+    acts, spliced = _run(saes, loss, original, timings)
+    with timings.phase("losses"):
+        total, terms = compute_loss(loss, acts, original, spliced, kl_rows, timings)
+    return StepResult(total, terms, acts, original, spliced)
+
+
+def _run(
+    saes: "Mapping[str, Callable[[Tensor], SAEActs]]", loss: LossConfig, original: "Original", timings: Timings
+) -> "tuple[dict[str, SAEActs], Spliced | None]":
+    """The SAEs and, unless the loss is local, the model behind them."""
     acts: dict[str, SAEActs] = {}
 
     def autoencode_at(position: str) -> Callable[[Tensor], Tensor]:
@@ -103,14 +119,83 @@ def forward_step(
     else:
         with timings.phase("student"):
             spliced = original.splice({position: autoencode_at(position) for position in saes})
-    with timings.phase("losses"):
-        total, terms = compute_loss(loss, acts, original, spliced, kl_rows)
-    return StepResult(total, terms, acts, original, spliced)
+            if loss.logits_kl is not None:
+                spliced.run_to_end()
+    return acts, spliced
+
+
+class SharedLogits:
+    """`original_pass` and `training_step` for several sets of SAEs, whose KLs share the teacher's logits.
+
+    The numbers are the same. The original pass runs all of them up to their KL, so their activations are alive at a
+    time; their losses and backward passes follow one by one. `training_step` takes no ``kl_rows``.
+    """
+
+    def __init__(self) -> None:
+        self._runs: dict[int, tuple[dict[str, SAEActs], Spliced]] = {}
+
+    def original_pass(
+        self,
+        lm: "LM",
+        wanted: "Iterable[tuple[Mapping[str, SAE], LossConfig]]",
+        tokens: Tensor,
+        timings: Timings | None = None,
+    ) -> "Original":
+        """`original_pass`, and the rest up to the KL."""
+        wanted, timings = list(wanted), timings or Timings(enabled=False)
+        original, self._runs = original_pass(lm, wanted, tokens, timings), {}
+        if any(loss.logits_kl is None for _, loss in wanted):
+            return original
+        for saes, loss in wanted:
+            acts, spliced = _run(saes, loss, original.restrict(saes, loss.downstream), timings)
+            assert spliced is not None
+            self._runs[id(saes)] = acts, spliced
+        with timings.phase("KL"):
+            gradient = any(loss.logits_kl is not None and loss.logits_kl.coeff > 0 for _, loss in wanted)
+            share_kl([spliced for _, spliced in self._runs.values()], gradient=gradient)
+        return original
+
+    def training_step(
+        self,
+        lm: "LM",
+        saes: "Mapping[str, SAE]",
+        loss: LossConfig,
+        tokens: Tensor,
+        *,
+        accumulation_steps: int = 1,
+        timings: Timings | None = None,
+        original: "Original | None" = None,
+        kl_rows: Tensor | None = None,
+    ) -> StepResult:
+        """`training_step` of one set of SAEs, after the `original_pass` of these tokens."""
+        if original is None or kl_rows is not None:
+            raise ValueError("shared logits need the original pass and take no kl_rows")
+        timings = timings or Timings(enabled=False)
+        run = self._runs.pop(id(saes), None)
+        if run is None:
+            result = forward_step(lm, saes, loss, tokens, timings, original)
+        else:
+            original = original.restrict(saes, loss.downstream)
+            with timings.phase("losses"):
+                total, terms = compute_loss(loss, run[0], original, run[1], None, timings)
+            result = StepResult(total, terms, run[0], original, run[1])
+        return _backward(lm, result, accumulation_steps, timings)
+
+
+def without_graph(result: StepResult) -> StepResult:
+    """The same numbers, without autograd's graph."""
+    acts = {}
+    for position, act in result.acts.items():
+        code = type(act.code)(*(tensor.detach() for tensor in act.code))
+        acts[position] = replace(act, input=act.input.detach(), output=act.output.detach(), code=code)
+    if result.spliced is not None:
+        result.spliced.drop_graph()
+    return result._replace(loss=result.loss.detach(), acts=acts)
 
 
 def original_pass(
     lm: "LM",
-    wanted: "Iterable[tuple[Mapping[str, SAE], LossConfig]]",
+    wanted: "Iterable[tuple[Mapping[str, Any], LossConfig]]",
     tokens: Tensor,
     timings: Timings | None = None,
 ) -> "Original":
@@ -119,5 +204,4 @@ def original_pass(
     at = list(dict.fromkeys(position for saes, _ in wanted for position in saes))
     downstream = list(dict.fromkeys(position for _, loss in wanted for position in loss.downstream))
     suffix = not all(loss.is_local for _, loss in wanted)
-    with (timings or Timings(enabled=False)).phase("prefix and teacher" if suffix else "prefix"):
-        return lm.original(tokens, at=at, downstream=downstream, suffix=suffix)
+    return lm.original(tokens, at=at, downstream=downstream, suffix=suffix, timings=timings)

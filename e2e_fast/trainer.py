@@ -14,7 +14,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,18 +23,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from e2e_fast import checkpoint
+from e2e_fast import checkpoint, step
 from e2e_fast.config import EVAL_SEED_OFFSET, Config, load_config
+from e2e_fast.cuda_graphs import StepGraphs
 from e2e_fast.data import TokenBatches
 from e2e_fast.distributed import World, join
-from e2e_fast.evaluation import evaluate
+from e2e_fast.evaluation import count_together, evaluate, evaluate_together
 from e2e_fast.lm import load_lm
 from e2e_fast.losses import LossConfig, LossName
 from e2e_fast.measure import Timings
-from e2e_fast.member import Member, TrainingStopped, crossed, first_samples, open_batches
+from e2e_fast.member import Member, TrainingStopped, crossed, first_samples, frequency_tokens, open_batches
+from e2e_fast.metrics import ActFrequency
 from e2e_fast.precision import Precision, arithmetic, resolve
 from e2e_fast.sae import SAE, SAETransformer
-from e2e_fast.step import original_pass
+from e2e_fast.step import SharedLogits
 
 
 class TrainingTerminated(TrainingStopped):
@@ -94,17 +96,22 @@ class Trainer:
         self.config = config = _for_world(load_config(config), self.world)
         device = self.world.device(config.device)
         self.precision: Precision = resolve(config.precision, device)
-        self.lm = load_lm(config.model if lm is None else lm, processing=config.lm_processing, device=device)
+        source = config.model if lm is None else lm
+        self.lm = load_lm(source, processing=config.lm_processing, device=device, compile=config.compile)
         self._names = list(config.members)
-        self.members = [
-            Member(member, self.lm, self.preset, init, tokens, self.world) for member in config.members.values()
-        ]
+        self.members = [Member(member, self.lm, self.preset, init, self.world) for member in config.members.values()]
         """The sets of SAEs in training: one, or those of a sweep."""
+        self.graphs = self._step_graphs(device)
+        """With ``cuda_graphs``, what runs the micro-steps, with counts of its recordings and replays."""
+        sweep = config.sweep
+        shares = sweep is not None and sweep.share_logits and len(self.members) > 1 and config.kl_positions == 1
+        self._shared = SharedLogits() if shares else None
         self.timings = Timings(device, enabled=torch.device(device).type == "cpu")
         """Seconds by phase of the training steps; on a GPU set ``timings.enabled`` (each phase then synchronises)."""
         self.batches = open_batches(config, self.lm, "train", tokens, self.world)
         self.folder: Path | None = None
         """The run folder; a sweep's holds one for each member. None when nothing is saved."""
+        self._tokens = tokens
         self._quiet = quiet
         self._terminate = False
         if resume is not None:
@@ -115,6 +122,18 @@ class Trainer:
             for name, member in zip(self._names, self.members, strict=True):
                 member.folder = folder / name
 
+    def _step_graphs(self, device: str) -> StepGraphs | None:
+        if not self.config.cuda_graphs:
+            return None
+        if torch.device(device).type != "cuda":
+            raise ValueError(f"cuda_graphs needs an NVIDIA GPU, got device {device}: leave it false there")
+        return StepGraphs(member.saes for member in self.members)
+
+    @property
+    def _steps(self) -> Any:
+        """What has `step.original_pass` and `step.training_step`."""
+        return self.graphs or self._shared or step
+
     # ------------------------------------------------------------------ the loop
 
     def fit(self) -> Run | Any:
@@ -124,14 +143,15 @@ class Trainer:
                 checkpoint.write_config(self.folder, self.config.model_dump(mode="json"))
             for i, member in enumerate(self.members):
                 member.start(console=not self._quiet and i == 0, alone=len(self.members) == 1)
+            with self._listening_for_sigterm():
+                for _ in self.steps():
+                    pass
             with arithmetic(self.precision, self.lm.device):
-                with self._listening_for_sigterm():
-                    for tokens in self._training_batches():
-                        self._micro_batch(tokens)
                 if not self.world.share(self._is_saved()):
                     self.save()
-                for member in self.members:
-                    member.finish()
+                counts = self._final_counts()
+                for member, frequency in zip(self.members, counts, strict=True):
+                    member.finish(frequency)
         finally:
             self.batches.close()
             for member in self.members:
@@ -139,13 +159,21 @@ class Trainer:
         runs = [Run(member.model, member.history, member.folder) for member in self.members]
         return runs[0] if self.config.sweep is None else runs
 
+    def steps(self) -> Iterator[int]:
+        """Trains; hands back control after each micro-batch, with its number from 1. `fit` does this and the rest."""
+        for number, tokens in enumerate(self._training_batches(), start=1):
+            with arithmetic(self.precision, self.lm.device):
+                self._micro_batch(tokens)
+            yield number
+
     def _micro_batch(self, tokens: Tensor) -> None:
         """One original pass for all; each member's own part; then the checkpoint, when one is due."""
         before = self.samples
         wanted = [(member.saes, member.loss) for member in self.members]
-        original = original_pass(self.lm, wanted, tokens, self.timings)
+        original = self._steps.original_pass(self.lm, wanted, tokens, self.timings)
         for member in self.members:
-            member.micro_batch(tokens, original, self.timings)
+            member.micro_batch(tokens, original, self.timings, self._steps.training_step)
+        self._report()
         if not self._member.updated:
             return
         terminate = self.world.any(self._terminate)
@@ -154,6 +182,27 @@ class Trainer:
         if terminate:
             kept = f"go on with --resume {self.folder}" if self.folder else "save_dir is null, so nothing was kept"
             raise TrainingTerminated(f"SIGTERM at sample {self.samples}: {kept}")
+
+    def _report(self) -> None:
+        """The rows that are due, with the evaluation of all members that ask for one."""
+        due = [member for member in self.members if member.evaluation_due]
+        evaluations: dict[int, dict[str, float]] = {}
+        if due:
+            wanted = [(member.saes, member.evaluation_loss) for member in due]
+            with open_batches(due[0].config, self.lm, "eval") as batches:
+                found = evaluate_together(self.lm, wanted, first_samples(batches, self.config.eval_n_samples))
+            evaluations = {id(member): metrics for member, metrics in zip(due, found, strict=True)}
+        for member in self.members:
+            member.report(evaluations.get(id(member)))
+
+    def _final_counts(self) -> Sequence[ActFrequency | None]:
+        """How often features fire with the final weights, on training data from the start."""
+        config = self.members[0].config
+        if not config.collect_act_frequency_every_n_samples:
+            return [None] * len(self.members)
+        wanted = [(member.saes, member.loss) for member in self.members]
+        with open_batches(config, self.lm, "train", self._tokens, self.world) as batches:
+            return count_together(self.lm, wanted, batches, frequency_tokens(config, self.world))
 
     def _training_batches(self) -> Iterator[Tensor]:
         total = self.config.n_samples

@@ -119,6 +119,18 @@ def test_two_processes_train_as_one_and_checkpoints_go_between_them(work: Path, 
         torch.testing.assert_close(tensor, got[key], rtol=1e-3, atol=1e-5, msg=key)
 
 
+def test_two_processes_train_a_sweep_as_one_does(work: Path, tmp_path: Path) -> None:
+    """Members of different sizes at different positions, on shared passes and logits."""
+    sweep = {"sae_positions": [AT, "blocks.1.hook_mlp_out", [AT, "blocks.1.hook_resid_post"]],
+             "dict_size_to_input_ratio": [2.0, 3.0]}  # fmt: skip
+    runs: Any = e2e_fast.train(settings(work, tmp_path / "one", batch_size=8, sweep=sweep), quiet=True)
+    out = torchrun(2, settings(work, tmp_path / "two", sweep=sweep))
+    assert out.count("saved in") == len(runs) == 6
+    folder = only(tmp_path / "two")
+    for run in runs:
+        assert_close(folder / run.folder.name, run)
+
+
 def test_sigterm_to_one_process_ends_all_with_a_checkpoint(work: Path, tmp_path: Path) -> None:
     driver = tmp_path / "driver.py"
     driver.write_text(

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import e2e_fast
-from e2e_fast import checkpoint, losses
+from e2e_fast import checkpoint, kernels, losses, step
 from e2e_fast.config import ConfigError
 from e2e_fast.lm import LM
 from e2e_fast.sae import to_e2e_sae
@@ -73,9 +73,11 @@ def assert_equal(ours: e2e_fast.Run, theirs: e2e_fast.Run) -> None:
 
 @pytest.mark.parametrize("sweep", SWEEPS, ids=lambda sweep: "-".join(sweep))
 @pytest.mark.parametrize("schedule", [None, [{"until": 0.5, "loss": "local"}, {"loss": "balanced"}]])
+@pytest.mark.parametrize("share_logits", [True, False], ids=["shared logits", ""])
 def test_a_member_of_a_sweep_has_the_bits_of_a_separate_run(
-    model: Any, files: Path, sweep: dict[str, Any], schedule: Any
+    model: Any, files: Path, sweep: dict[str, Any], schedule: Any, share_logits: bool
 ) -> None:
+    sweep = sweep | {"share_logits": share_logits}
     config = e2e_fast.load_config(settings(files, sweep=sweep, schedule=schedule))
     runs: Any = e2e_fast.train(config, lm=model, quiet=True)
     assert len(runs) == len(config.members) > 1
@@ -90,18 +92,54 @@ def test_a_member_without_a_seed_of_its_own_is_the_plain_run(model: Any, files: 
     assert_equal(runs[1], e2e_fast.train(settings(files), lm=model, quiet=True))
 
 
-def test_the_original_pass_runs_once_a_batch(model: Any, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    passes = []
-    original = LM.original
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_shared_logits_give_the_bits_of_logits_formed_for_each_member(model: Any, files: Path, precision: str) -> None:
+    runs = {}
+    for share_logits in (True, False):
+        sweep = {"seed": [0, 1, 2], "share_logits": share_logits}
+        loss = losses.e2e(0.2, kl=0.7).model_dump()  # no power of 2, so that an other order of products would round
+        changes: dict[str, Any] = {"sweep": sweep, "precision": precision, "loss": loss, "effective_batch_size": 12}
+        runs[share_logits] = e2e_fast.train(settings(files, n_samples=36, **changes), lm=model, quiet=True)
+    for ours, theirs in zip(runs[True], runs[False], strict=True):
+        assert_equal(ours, theirs)
 
-    def counting(self: LM, *args: Any, **kwargs: Any) -> Any:
-        passes.append(1)
-        return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(LM, "original", counting)
+class Calls:
+    """Counts calls of a function."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
+        self.n = 0
+        function = getattr(owner, name)
+
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            self.n += 1
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counting)
+
+
+def test_a_batch_takes_one_original_pass_and_one_set_of_teacher_logits(
+    model: Any, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = Calls(monkeypatch, LM, "original")
+    alone = Calls(monkeypatch, kernels, "linear_kl")
+    shared = Calls(monkeypatch, step, "share_kl")
     changes = {"eval_every_n_samples": None, "collect_act_frequency_every_n_samples": 0}
     e2e_fast.train(settings(files, sweep={"seed": [0, 1, 2]}, **changes), lm=model, quiet=True)
-    assert len(passes) == 8
+    assert (passes.n, shared.n, alone.n) == (8, 8, 0)
+    sweep = {"seed": [0, 1, 2], "share_logits": False}
+    e2e_fast.train(settings(files, sweep=sweep, **changes), lm=model, quiet=True)
+    assert (passes.n, shared.n, alone.n) == (16, 8, 3 * 8)
+
+
+def test_evaluation_and_final_counts_take_one_original_pass_a_batch(
+    model: Any, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = Calls(monkeypatch, LM, "original")
+    e2e_fast.train(settings(files, sweep={"seed": [0, 1, 2]}), lm=model, quiet=True)
+    # Eight of training; evaluations after the first batch, in the middle and at the end, two batches each; 100 tokens
+    # of the final count are two batches.
+    assert passes.n == 8 + 3 * 2 + 2
 
 
 def test_each_member_has_a_run_folder_and_the_whole_is_resumed(model: Any, files: Path, tmp_path: Path) -> None:
@@ -140,6 +178,7 @@ def test_each_member_has_a_run_folder_and_the_whole_is_resumed(model: Any, files
         ({"seed": [1, 1]}, "every value may stand once"),
         ({"seed": []}, "sweep.seed"),
         ({}, "at least one key"),
+        ({"share_logits": True}, "at least one key"),
         ({"k": [0]}, "sweep.k.0: Input should be greater than 0; got 0"),
     ],
 )

@@ -1,0 +1,296 @@
+"""CUDA graphs of the micro-step: recorded once, then replayed on new tokens by one launch each.
+
+    tokens    → static buffer → graph of the original pass → activations that stay at their addresses
+    a member:   graph of SAE, suffix, losses and backward  → its result and gradients, which stay at theirs
+    outside     gradients to ``.grad``; average, clip, Adam, logs: as without graphs
+
+`StepGraphs` has the two calls of `e2e_fast.step`, with the same arguments, and gives the same numbers. Every member has
+graphs of its own, so that a change in one (dense to sparse) leaves the others' in place.
+
+* A new situation (loss, size, dense or sparse, …) runs eagerly `WARM_UP` times, as part of the training, before it is
+  recorded. Batches of another shape than the first, such as a smaller last one, always run eagerly.
+* What changes from step to step comes in through static buffers: the tokens, and the rows on which the KL is estimated.
+* ReLU codes run dense or sparse (`e2e_fast.kernels.density`), each with its own graph. After a sparse one the fullest
+  row is read, the step's only wait for the GPU; where it did not fit, the step's gradients are dropped and it runs
+  again, dense.
+* A gradient is added to ``.grad`` after its replay, or is it where an optimizer step has one micro-batch.
+* What a replay gave is overwritten by the next: logs read it before.
+
+Recording is a function ``record(work) -> (replay, outputs)``, a `CudaRecorder` unless another is given: ``work`` is run
+once to be recorded, and its outputs hold valid numbers after each ``replay()``.
+
+>>> from e2e_fast import Trainer                                               # doctest: +SKIP
+>>> trainer = Trainer("e2e.yaml")             # with cuda_graphs: true         # doctest: +SKIP
+>>> trainer.fit(); trainer.graphs.recordings, trainer.graphs.replays           # doctest: +SKIP
+(2, 1994)
+"""
+
+import gc
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from e2e_fast import kernels, step
+from e2e_fast.losses import LossConfig
+from e2e_fast.measure import Timings
+from e2e_fast.precision import as_given, lowered
+from e2e_fast.sae import SAE, SAEActs
+
+if TYPE_CHECKING:
+    from e2e_fast.lm import LM, Original
+
+WARM_UP = 3
+"""Eager runs of a situation before it is recorded: they compile kernels, fill caches and make the attention masks."""
+
+KEPT = 4
+"""Recorded situations that a member keeps; the oldest goes."""
+
+Recorded = tuple[Callable[[], None], Any]
+Record = Callable[[Callable[[], Any]], Recorded]
+
+
+class StepGraphs:
+    """`step.original_pass` and `step.training_step` for the members of one run, by graphs.
+
+    Raises ValueError for SAEs that read back from the GPU in every step (BatchTopK).
+    """
+
+    recordings: int
+    """Graphs recorded so far."""
+    replays: int
+    """Graphs replayed so far."""
+
+    def __init__(self, members: Iterable[Mapping[str, SAE]], record: Record | None = None) -> None:
+        for position, sae in (item for saes in members for item in saes.items()):
+            if sae.activation == "batch_topk":
+                raise ValueError(
+                    f"cuda_graphs cannot record activation batch_topk (at {position}), which reads the fullest row of "
+                    "each step back from the GPU: use topk, relu or jump_relu"
+                )
+        self.recordings = self.replays = 0
+        self._record = record or CudaRecorder()
+        self._tokens: Tensor | None = None
+        self._recorded_original: Original | None = None
+        """What the last batch's original pass gave, where that was a graph."""
+        self._originals = _Situations()
+        self._members: dict[tuple[int, ...], _Situations] = {}
+
+    def original_pass(
+        self,
+        lm: "LM",
+        wanted: "Iterable[tuple[Mapping[str, SAE], LossConfig]]",
+        tokens: Tensor,
+        timings: Timings | None = None,
+    ) -> "Original":
+        """`step.original_pass`."""
+        wanted = list(wanted)
+        if self._tokens is None:
+            self._tokens = torch.empty_like(tokens)
+        static, self._recorded_original = self._tokens, None
+        situation = tuple((tuple(saes), loss.downstream, loss.is_local) for saes, loss in wanted)
+        if tokens.shape != static.shape or not self._originals.is_warm(situation):
+            return step.original_pass(lm, wanted, tokens, timings)
+        with (timings or Timings(enabled=False)).phase("prefix and teacher (graph)"):
+            static.copy_(tokens, non_blocking=True)
+            if situation not in self._originals:
+                for recorded in (self._originals, *self._members.values()):
+                    recorded.clear()  # the members' graphs read what the last recorded pass gave
+                self._originals[situation] = self._new(lambda: step.original_pass(lm, wanted, static))
+            original = self._recorded_original = self._replay(self._originals[situation])
+            return original
+
+    def training_step(
+        self,
+        lm: "LM",
+        saes: "Mapping[str, SAE]",
+        loss: LossConfig,
+        tokens: Tensor,
+        *,
+        accumulation_steps: int = 1,
+        timings: Timings | None = None,
+        original: "Original | None" = None,
+        kl_rows: Tensor | None = None,
+    ) -> step.StepResult:
+        """`step.training_step`; ``original`` is what `original_pass` gave for these tokens."""
+
+        def eager() -> step.StepResult:
+            return step.training_step(
+                lm, saes, loss, tokens,
+                accumulation_steps=accumulation_steps, timings=timings, original=original, kl_rows=kl_rows,
+            )  # fmt: skip
+
+        deciding = [sae for sae in saes.values() if sae.k is None]
+        for sae in deciding:
+            sae.density.refresh()
+        sparse = tuple(sae.density.sparse for sae in deciding)
+        situation = (loss, accumulation_steps, sparse, None if kl_rows is None else kl_rows.shape)
+        situations = self._members.setdefault(tuple(map(id, saes.values())), _Situations())
+        is_warm = situations.is_warm(situation)
+        if not is_warm or None in sparse or original is None or original is not self._recorded_original:
+            return eager()
+        with (timings or Timings(enabled=False)).phase("SAE to backward (graph)"):
+            if situation not in situations:
+                work = _MemberStep(lm, saes, loss, accumulation_steps, original, kl_rows)
+                situations[situation] = work, self._new(work)
+            work, recorded = situations[situation]
+            if work.kl_rows is not None and kl_rows is not None:
+                work.kl_rows.copy_(kl_rows, non_blocking=True)
+            outputs: _Outputs = self._replay(recorded)
+            fitted = _observe(deciding, sparse, outputs.fullest)
+            if fitted:
+                _hand_over(work.parameters, outputs.gradients, alone=accumulation_steps == 1)
+        return outputs.result if fitted else eager()  # whoever did not fit is dense now
+
+    def _new(self, work: Callable[[], Any]) -> Recorded:
+        self.recordings += 1
+        return self._record(work)
+
+    def _replay(self, recorded: Recorded) -> Any:
+        replay, outputs = recorded
+        replay()
+        self.replays += 1
+        return outputs
+
+
+class CudaRecorder:
+    """Records CUDA graphs which share one memory pool: they run one after the other, in the order of the step."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
+
+    def __call__(self, work: Callable[[], Any]) -> Recorded:
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()
+        gc.collect()  # autograd graphs of earlier steps must not meet this one's on another stream
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: the data thread may pin memory meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            outputs = work()
+        self._pool = graph.pool()
+        return graph.replay, outputs
+
+
+class _Situations(dict[Hashable, Any]):
+    """What was recorded, by situation, and how often each has run eagerly (also when its recording is dropped)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._runs: dict[Hashable, int] = {}
+
+    def __setitem__(self, situation: Hashable, recorded: Any) -> None:
+        while len(self) >= KEPT:
+            del self[next(iter(self))]
+        super().__setitem__(situation, recorded)
+
+    def is_warm(self, situation: Hashable) -> bool:
+        """Whether it has run eagerly often enough; if not, counts one more run."""
+        runs = self._runs.get(situation, 0)
+        self._runs[situation] = min(runs + 1, WARM_UP)
+        return runs >= WARM_UP
+
+
+class _Outputs(NamedTuple):
+    result: step.StepResult
+    gradients: tuple[Tensor | None, ...]
+    """Of the member's parameters."""
+    fullest: Tensor | None
+    """(n,) active features of the fullest row of each SAE that runs dense or sparse; None where there is none."""
+
+
+class _MemberStep:
+    """What a member's graph records: as `step.training_step`, but gradients are returned, and nothing is decided."""
+
+    def __init__(
+        self,
+        lm: "LM",
+        saes: Mapping[str, SAE],
+        loss: LossConfig,
+        accumulation_steps: int,
+        original: "Original",
+        kl_rows: Tensor | None,
+    ) -> None:
+        self.parameters = [p for sae in saes.values() for p in sae.parameters() if p.requires_grad]
+        self.kl_rows = None if kl_rows is None else kl_rows.clone()
+        self._arguments = lm, {position: _decided(sae) for position, sae in saes.items()}, loss, original
+        self._deciding = [position for position, sae in saes.items() if sae.k is None]
+        self._accumulation_steps = accumulation_steps
+
+    def __call__(self) -> _Outputs:
+        lm, saes, loss, original = self._arguments
+        result = step.forward_step(lm, saes, loss, original.tokens, None, original, self.kl_rows)
+        with as_given(lm.device):
+            scaled = result.loss / self._accumulation_steps
+            gradients = torch.autograd.grad(scaled, self.parameters, allow_unused=True)
+        counts = [result.acts[position].code.count.max() for position in self._deciding]
+        return _Outputs(step.without_graph(result), gradients, torch.stack(counts) if counts else None)
+
+
+def _decided(sae: SAE) -> Callable[[Tensor], SAEActs]:
+    """The SAE as it runs now, dense or with room for so many features, without asking how many there are."""
+    if sae.k is not None:
+        return sae
+    if sae.density.sparse:
+        return lambda x: _with_room(sae, x)
+
+    def dense(x: Tensor) -> SAEActs:
+        density, sae.density = sae.density, _AlwaysDense(sae.density.limit)
+        try:
+            return sae(x)
+        finally:
+            sae.density = density
+
+    return dense
+
+
+def _with_room(sae: SAE, x: Tensor) -> SAEActs:
+    """``sae(x)`` with as many slots a row as its limit, full or not."""
+    flat, W_enc, W_dec = lowered(x.reshape(-1, sae.d_in), sae.W_enc, sae.W_dec)
+    thresholds = sae.thresholds
+    chosen: dict[str, Any] = {} if thresholds is None else {"threshold": thresholds, "bandwidth": sae.bandwidth}
+    with as_given(x.device):
+        output, code = kernels.autoencode(
+            flat, W_enc, sae.b_enc, W_dec, sae.b_dec,
+            capacity=sae.density.limit, normalize=sae.normalize_decoder, **chosen,
+        )  # fmt: skip
+    return SAEActs(x, output.to(x.dtype).view_as(x), code, sae.d_sae)
+
+
+class _AlwaysDense(kernels.DensityController):
+    def __init__(self, limit: int) -> None:
+        super().__init__(limit)
+        self.sparse = False
+
+    def observe(self, count: Tensor) -> None:
+        """Leaves the count where it is: it is read after the replay."""
+
+
+def _observe(deciding: Sequence[SAE], sparse: Sequence[bool | None], fullest: Tensor | None) -> bool:
+    """Tells the SAEs how full their fullest rows were; returns whether those that ran sparse had room for them."""
+    if fullest is None:
+        return True
+    if not any(sparse):
+        for sae, count in zip(deciding, fullest.split(1), strict=True):
+            sae.density.observe(count)  # waits for nothing
+        return True
+    counts = fullest.cpu()
+    for sae, count in zip(deciding, counts.split(1), strict=True):
+        sae.density.observe(count)
+    return all(
+        not was_sparse or int(count) <= sae.density.limit
+        for sae, was_sparse, count in zip(deciding, sparse, counts, strict=True)
+    )
+
+
+def _hand_over(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], *, alone: bool) -> None:
+    """Adds gradients to ``.grad``. ``alone``: no further micro-batch follows, so the static tensor itself may serve."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is None:
+            continue
+        if parameter.grad is None:
+            parameter.grad = gradient if alone else gradient.clone()
+        else:
+            parameter.grad += gradient
