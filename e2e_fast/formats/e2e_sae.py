@@ -7,6 +7,8 @@ tensor, after the position's name   meaning
 ``encoder.0.bias`` [F]
 ``decoder.weight`` [D, F]           raw: its columns are normalised whenever they are used
 ``decoder.bias`` [D]                not subtracted from the input
+``log_threshold`` [F]               ours: jump-relu's log θ
+``running_threshold`` ()            ours: batch top-k's θ outside training
 ==================================  ======================================================
 
 A file may hold SAEs at several positions: ``folder::blocks.6.hook_resid_pre`` asks for one. The activations are those
@@ -14,10 +16,11 @@ of TransformerLens' processed models, unless ``lm_processing`` (a key of ours) s
 the Hugging Face hub (one ``.pt`` with a ``.yaml`` of the same name) have neither position nor ``.0`` in the tensors'
 names, and columns that are unit already; they are read, and written as a run folder.
 
-e2e_sae itself knows ReLU alone: it ignores the keys with which ours go beyond it (``saes.k`` …).
+e2e_sae itself knows ReLU and normalised decoders alone. Ours go beyond it with ``saes.activation``, ``k`` and
+``normalize_decoder`` in the configuration; they are written only where an SAE needs them.
 
 >>> import tempfile, torch
->>> from e2e_fast.formats.stored import StoredSAE
+>>> from e2e_fast.formats.stored import StoredSAE, log_threshold
 >>> sae = StoredSAE(torch.eye(3, 2), torch.zeros(3), torch.eye(3, 2), torch.ones(2), position="blocks.2.hook_resid_pre")
 >>> folder = write(adapt(sae), Path(tempfile.mkdtemp()))
 >>> sorted(path.name for path in folder.iterdir()), read(folder).decoder
@@ -29,11 +32,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch import Tensor
 
 from e2e_fast import checkpoint
-from e2e_fast.formats.stored import StoredSAE
+from e2e_fast.formats.stored import StoredSAE, log_threshold
 from e2e_fast.positions import hyphenated
 
 NAME = "e2e_sae"
@@ -71,23 +75,29 @@ def read(path: Path, name: str | None = None) -> StoredSAE:
 
 def write(sae: StoredSAE, folder: Path) -> Path:
     """Writes an SAE in this format, as `read` or `adapt` gave it; returns the folder."""
-    assert sae.position is not None
-    stem = hyphenated(sae.position)
-    tensors = (sae.W_enc, sae.b_enc, sae.W_dec.T, sae.b_dec)
-    state = {f"{stem}.{name}": tensor for name, tensor in zip(_TENSORS, tensors, strict=True)}
     checkpoint.write_config(folder, sae.metadata["settings"])
-    checkpoint.save_tensors(folder / sae.metadata["file"], state | sae.extra)
+    checkpoint.save_tensors(folder / sae.metadata["file"], state_dict(sae))
     return folder
 
 
-def adapt(sae: StoredSAE, like: StoredSAE | None = None) -> StoredSAE:
-    """An SAE in this format, with the settings of ``like`` where given.
+def state_dict(sae: StoredSAE) -> dict[str, Tensor]:
+    """The tensors of such an SAE under their names in the file."""
+    assert sae.position is not None
+    tensors = (sae.W_enc, sae.b_enc, sae.W_dec.T, sae.b_dec)
+    named = {f"{hyphenated(sae.position)}.{name}": t for name, t in zip(_TENSORS, tensors, strict=True)}
+    return named | sae.extra
 
-    Raises ValueError when its position is not known, and when normalising the decoder would change what it computes.
+
+def adapt(sae: StoredSAE, like: StoredSAE | None = None) -> StoredSAE:
+    """An SAE in this format, with the settings of ``like`` where given; a normalised decoder wherever that is exact.
+
+    Raises ValueError when its position is not known, or its k is not whole.
     """
     if sae.position is None:
         raise ValueError("position is None, and e2e_sae names its tensors by it: give the position (--position)")
-    plain = sae.arranged(decoder="unit")
+    if sae.k is not None and sae.k != int(sae.k):
+        raise ValueError(f"k must be whole, got {sae.k}: write it as sae_lens")
+    plain = sae.arranged(decoder="unit" if sae.can_be_unit() else "raw")
     settings: dict[str, Any] = {"tlens_model_name": plain.model, "tlens_model_path": None}
     if like is not None and like.format == NAME:
         settings = dict(like.metadata["settings"])
@@ -95,12 +105,24 @@ def adapt(sae: StoredSAE, like: StoredSAE | None = None) -> StoredSAE:
         settings["lm_processing"] = plain.lm_processing
     saes: dict[str, Any] = dict(settings.get("saes") or {})
     saes |= {"sae_positions": [plain.position], "dict_size_to_input_ratio": ratio(plain.d_sae, plain.d_in)}
-    saes["k"] = int(plain.k) if plain.k is not None else None
-    settings["saes"] = {key: value for key, value in saes.items() if (key, value) != ("k", None)}
+    for key, value, default in (
+        ("k", None if plain.k is None else int(plain.k), None),
+        ("activation", plain.activation, "topk" if plain.activation == "topk" else "relu"),
+        ("normalize_decoder", plain.decoder == "unit", True),
+    ):
+        if value != default:
+            saes[key] = value
+        elif key in saes:
+            saes[key] = default
+    settings["saes"] = saes
+    extra: dict[str, Tensor] = {}
+    if plain.activation == "jump_relu":
+        extra[f"{hyphenated(plain.position)}.log_threshold"] = log_threshold(plain)
+    elif plain.activation == "batch_topk":
+        threshold = torch.zeros(()) if plain.threshold is None else plain.threshold.clamp(min=0)
+        extra[f"{hyphenated(plain.position)}.running_threshold"] = threshold
     file = "samples_0.pt" if like is None or like.format != NAME else like.metadata["file"]
-    return replace(
-        plain, format=NAME, threshold=None, metadata={"settings": settings, "file": file}, extra={}, files={}
-    )
+    return replace(plain, format=NAME, metadata={"settings": settings, "file": file}, extra=extra, files={})
 
 
 def ratio(d_sae: int, d_in: int) -> float:
@@ -121,21 +143,29 @@ def _of_state(
     if lacking := [f"{stem}.{tensor}" for tensor in _TENSORS if f"{stem}.{tensor}" not in state]:
         raise ValueError(f"{source} lacks {', '.join(lacking)}")
     W_enc, b_enc, W_dec, b_dec = (state[f"{stem}.{tensor}"] for tensor in _TENSORS)
-    k = (settings.get("saes") or {}).get("k")
+    saes: dict[str, Any] = settings.get("saes") or {}
+    k = saes.get("k")
+    activation = saes.get("activation") or ("relu" if k is None else "topk")
+    threshold = None
+    if activation == "jump_relu":
+        threshold = state[f"{stem}.log_threshold"].exp()
+    elif activation == "batch_topk":
+        threshold = state[f"{stem}.running_threshold"]
     return StoredSAE(
         W_enc=W_enc,
         b_enc=b_enc,
         W_dec=W_dec.T,
         b_dec=b_dec,
-        activation="relu" if k is None else "topk",
+        activation=activation,
         k=k,
-        decoder="unit",
+        threshold=threshold,
+        decoder="unit" if saes.get("normalize_decoder", True) else "raw",
         position=_position(stem),
         model=settings.get("tlens_model_name") or settings.get("tlens_model_path"),
         lm_processing=settings.get("lm_processing", "transformer_lens"),
         format=NAME,
         metadata={"settings": dict(settings), "file": file},
-        extra={key: tensor for key, tensor in state.items() if not key.startswith(f"{stem}.")},
+        extra={key: tensor for key, tensor in state.items() if key not in {f"{stem}.{name}" for name in _TENSORS}},
     )
 
 

@@ -27,10 +27,13 @@ tensor([[4., 1.]])
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from e2e_fast.sae import SAE
 
 Activation = Literal["relu", "topk", "batch_topk", "jump_relu"]
 Decoder = Literal["raw", "unit", "rescaled"]
@@ -131,6 +134,64 @@ class StoredSAE:
         """Reconstructions (N, D) of activations x (N, D)."""
         return self.decode(self.encode(x))
 
+    # ------------------------------------------------------------------ as an SAE of ours
+
+    def to_sae(self, *, normalize_decoder: bool | None = None) -> "SAE":
+        """The same function as a trainable `e2e_fast.SAE`, in float32 (float64 if it was).
+
+        ``normalize_decoder=None``: True wherever that computes the same, since a penalty on codes means something only
+        for rows of a fixed norm. Raises ValueError where the function is none of ours (`arranged`), and for a batch
+        top-k SAE whose k is not whole.
+        """
+        from e2e_fast.sae import SAE
+
+        unit = self.can_be_unit() if normalize_decoder is None else normalize_decoder
+        plain = self.arranged(decoder="unit" if unit else "raw")
+        if plain.k is not None and plain.k != int(plain.k):
+            raise ValueError(f"k must be whole, got {plain.k}: SAELens' inference file of this SAE (jumprelu) has none")
+        sae = SAE(
+            self.d_in,
+            self.d_sae,
+            k=None if plain.k is None else int(plain.k),
+            activation=plain.activation,
+            normalize_decoder=unit,
+            init="empty",
+        ).to(plain.W_enc.dtype)
+        with torch.no_grad():
+            for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+                getattr(sae, name).copy_(getattr(plain, name))
+            if self.activation == "jump_relu":
+                sae.log_threshold.copy_(log_threshold(plain))
+            elif self.activation == "batch_topk" and plain.threshold is not None:
+                sae.running_threshold.copy_(plain.threshold.clamp(min=0))
+        return sae
+
+    @classmethod
+    def of(
+        cls,
+        sae: "SAE",
+        *,
+        position: str | None = None,
+        model: str | None = None,
+        lm_processing: str | None = None,
+    ) -> "StoredSAE":
+        """An SAE of ours, and where it sits."""
+        thresholds = sae.thresholds
+        if thresholds is not None:
+            thresholds = thresholds.detach().cpu()
+            thresholds = thresholds[0].clone() if sae.activation == "batch_topk" else thresholds
+        weights = (tensor.detach().cpu() for tensor in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec))
+        return cls(
+            *weights,
+            activation=sae.activation,
+            k=sae.k,
+            threshold=thresholds,
+            decoder="unit" if sae.normalize_decoder else "raw",
+            position=position,
+            model=model,
+            lm_processing=lm_processing,
+        )
+
     # ------------------------------------------------------------------ the same function, arranged otherwise
 
     def arranged(self, *, subtract_b_dec: bool = False, decoder: Decoder | None = None) -> "StoredSAE":
@@ -197,6 +258,12 @@ class StoredSAE:
     def _check_representable(self) -> None:
         if self.refusal is not None:
             raise ValueError(self.refusal)
+
+
+def log_threshold(sae: StoredSAE) -> Tensor:
+    """[F] log θ of a jump-relu SAE; below the smallest normal number θ makes no difference and its log stays finite."""
+    assert sae.threshold is not None
+    return sae.threshold.clamp(min=torch.finfo(torch.float32).tiny).log().expand(sae.d_sae).clone()
 
 
 def row_norms(W_dec: Tensor) -> Tensor:

@@ -1,0 +1,421 @@
+"""Files of other libraries: nothing is lost on the way, the function stays the same, and what cannot be is refused."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from e2e_fast import formats
+from e2e_fast.formats import StoredSAE, dictionary_learning
+
+F, D, N, K = 20, 8, 64, 3
+PLACE = {"position": "blocks.1.hook_resid_post", "model": "gpt2", "lm_processing": "none"}
+FORMATS = ["sae_lens", "dictionary_learning", "sparsify", "e2e_sae"]
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def weights(*names: str, dtype: torch.dtype = torch.float32, unit: bool = False) -> dict[str, torch.Tensor]:
+    """Random tensors under a library's names, whose shapes the names tell."""
+    shapes = {
+        "W_enc": (D, F), "encoder.weight": (F, D), "encoder.0.weight": (F, D), "W_dec": (F, D),
+        "decoder.weight": (D, F), "b_enc": (F,), "encoder.bias": (F,), "encoder.0.bias": (F,), "b_dec": (D,),
+        "decoder.bias": (D,), "bias": (D,), "threshold": (F,), "r_mag": (F,), "gate_bias": (F,), "mag_bias": (F,),
+        "decoder_bias": (D,), "b_gate": (F,), "b_mag": (F,),
+    }  # fmt: skip
+    made = {}
+    for seed, name in enumerate(names):
+        tensor = random(*shapes[name.split("::")[-1]], seed=seed)
+        if unit and name in ("W_dec", "decoder.weight"):
+            tensor = torch.nn.functional.normalize(tensor, dim=0 if name == "decoder.weight" else 1)
+        made[name] = (tensor.abs() if name == "threshold" else tensor).to(dtype)
+    return made
+
+
+LENS = ("W_enc", "b_enc", "W_dec", "b_dec")
+LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight")
+
+
+def lens(folder: Path, tensors: dict[str, torch.Tensor] | None = None, **cfg: Any) -> Path:
+    folder.mkdir(parents=True)
+    save_file(weights(*LENS) if tensors is None else tensors, folder / "sae_weights.safetensors")
+    about = {"sae_lens_version": "6.20.0", "model_name": "gpt2-small", "hook_name": "blocks.1.hook_resid_pre"}
+    settings = {"architecture": "standard", "d_in": D, "d_sae": F, "metadata": about} | cfg
+    (folder / "cfg.json").write_text(json.dumps({key: value for key, value in settings.items() if value is not None}))
+    return folder
+
+
+def dictionary(folder: Path, tensors: dict[str, torch.Tensor], **trainer: Any) -> Path:
+    folder.mkdir(parents=True)
+    torch.save(tensors, folder / "ae.pt")
+    if trainer:
+        (folder / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {"ctx_len": 128}}))
+    return folder
+
+
+def top_k(**more: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Tensors of dictionary_learning's AutoEncoderTopK and BatchTopKSAE."""
+    names = weights(*LINEAR, "b_dec", unit=True)
+    return names | {"k": torch.tensor(K, dtype=torch.int32), "threshold": torch.tensor(0.3)} | more
+
+
+def sparse_coder(folder: Path, **cfg: Any) -> Path:
+    folder.mkdir(parents=True)
+    save_file(weights("encoder.weight", "encoder.bias", "W_dec", "b_dec"), folder / "sae.safetensors")
+    (folder / "cfg.json").write_text(json.dumps({"d_in": D, "num_latents": F, "k": K, "expansion_factor": 32} | cfg))
+    return folder
+
+
+def run(folder: Path, *positions: str, suffix: str = ".pt", **saes: Any) -> Path:
+    folder.mkdir(parents=True)
+    names = ("encoder.0.weight", "encoder.0.bias", "decoder.weight", "decoder.bias")
+    state = {f"{p.replace('.', '-')}.{n}": t for p in positions for n, t in weights(*names).items()}
+    (torch.save if suffix == ".pt" else save_file)(state, folder / f"samples_400{suffix}")
+    settings = {"tlens_model_name": "gpt2-small", "seed": 3, "saes": {"sae_positions": list(positions)} | saes}
+    (folder / "final_config.yaml").write_text(yaml.safe_dump(settings))
+    return folder
+
+
+Made = Callable[[Path], Path]
+FILES: dict[str, Made] = {
+    "sae_lens standard": lambda p: lens(p / "x", mystery=[1, {"a": None}]),
+    "sae_lens bf16": lambda p: lens(p / "x", weights(*LENS, dtype=torch.bfloat16), dtype="bfloat16"),
+    "sae_lens no b_dec": lambda p: lens(p / "x", apply_b_dec_to_input=False),
+    "sae_lens topk": lambda p: lens(p / "x", architecture="topk", k=K),
+    "sae_lens topk rescaled": lambda p: lens(p / "x", architecture="topk", k=K, rescale_acts_by_decoder_norm=True),
+    "sae_lens jumprelu": lambda p: lens(p / "x", weights(*LENS, "threshold"), architecture="jumprelu"),
+    "sae_lens batchtopk": lambda p: lens(
+        p / "x", weights(*LENS) | {"topk_threshold": torch.tensor(0.5, dtype=torch.float64)},
+        architecture="batchtopk", k=2.5, rescale_acts_by_decoder_norm=True,
+    ),
+    "sae_lens 5 standard": lambda p: lens(
+        p / "x", weights(*LENS) | {"scaling_factor": torch.ones(F)}, metadata=None, hook_name="blocks.0.hook_mlp_out",
+        activation_fn_str="relu", finetuning_scaling_factor=False, normalize_activations="none",
+    ),
+    "sae_lens 3 topk": lambda p: lens(
+        p / "x", metadata=None, hook_point="blocks.{layer}.hook_resid_pre", hook_point_layer=2,
+        activation_fn_str="topk", activation_fn_kwargs={"k": K}, normalize_activations=False, architecture=None,
+    ),
+    "dictionary_learning AutoEncoder": lambda p: dictionary(
+        p / "x", weights(*LINEAR, "bias"), dict_class="AutoEncoder", lm_name="gpt2",
+        submodule_name="resid_post_layer_1", l1_penalty=0.1,
+    ),
+    "dictionary_learning AutoEncoder by its tensors": lambda p: dictionary(p / "x", weights(*LINEAR, "bias")),
+    "dictionary_learning AutoEncoderNew": lambda p: dictionary(p / "x", weights(*LINEAR, "decoder.bias")),
+    "dictionary_learning AutoEncoderTopK": lambda p: dictionary(p / "x", top_k(), dict_class="AutoEncoderTopK", k=K),
+    "dictionary_learning TopK with k in the config alone": lambda p: dictionary(
+        p / "x", weights(*LINEAR, "b_dec"), dict_class="AutoEncoderTopK", k=K
+    ),
+    "dictionary_learning BatchTopKSAE": lambda p: dictionary(p / "x", top_k(), dict_class="BatchTopKSAE", k=K),
+    "dictionary_learning Matryoshka": lambda p: dictionary(
+        p / "x", weights(*LENS, unit=True) | {"k": torch.tensor(K), "threshold": torch.tensor(0.3),
+                                              "group_sizes": torch.tensor([5, F - 5])},
+    ),
+    "dictionary_learning JumpRelu": lambda p: dictionary(p / "x", weights(*LENS, "threshold")),
+    "sparsify": lambda p: sparse_coder(p / "layers.1", activation="topk", transcode=False),
+    "e2e_sae": lambda p: run(p / "x", "blocks.1.hook_resid_pre"),
+    "e2e_sae of ours, top-k": lambda p: run(p / "x", "blocks.1.hook_resid_pre", suffix=".safetensors", k=K),
+}  # fmt: skip
+
+
+@pytest.fixture(params=FILES)
+def file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return FILES[request.param](tmp_path)
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    (path,) = [p for p in folder.iterdir() if p.suffix in (".pt", ".safetensors")]
+    return load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+
+
+def settings_of(folder: Path) -> Any:
+    texts = [p.read_text() for p in sorted(folder.iterdir()) if p.suffix in (".json", ".yaml")]
+    return [yaml.safe_load(text) for text in texts]
+
+
+# ---------------------------------------------------------------------------------------------------------- lossless
+
+
+def test_what_is_read_is_written_back_bit_for_bit(file: Path, tmp_path: Path) -> None:
+    copy = formats.write(formats.read(file), tmp_path / "copy")
+    before, after = tensors_of(file), tensors_of(copy)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype, name
+        assert torch.equal(tensor, after[name]), name
+    if (file / "config.json").exists() or not (file / "ae.pt").exists():
+        assert settings_of(copy) == settings_of(file)
+    x = random(N, D, seed=9)
+    assert torch.equal(formats.read(file)(x), formats.read(copy)(x))
+
+
+def test_files_beside_the_weights_travel_along(tmp_path: Path) -> None:
+    source = lens(tmp_path / "source")
+    save_file({"sparsity": torch.zeros(F)}, source / "sparsity.safetensors")
+    (source / "runner_cfg.json").write_text('{"lr": 1}')
+    copy = formats.write(formats.read(source), tmp_path / "copy")
+    for name in ("sparsity.safetensors", "runner_cfg.json"):
+        assert (copy / name).read_bytes() == (source / name).read_bytes()
+    # A trained SAE has another sparsity.
+    assert not formats.adapt(formats.read(source), "sae_lens", formats.read(source)).files
+
+
+# ------------------------------------------------------------------------------------------------- the same function
+
+
+def double(sae: StoredSAE) -> StoredSAE:
+    threshold = None if sae.threshold is None else sae.threshold.double()
+    kept = {name: getattr(sae, name).double() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    return replace(sae, threshold=threshold, **kept)
+
+
+def same_function(a: Callable[[torch.Tensor], torch.Tensor], b: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    x = random(N, D, seed=9, dtype=torch.float64) + 0.2
+    expected = a(x)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(b(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_every_arrangement_computes_the_same(file: Path) -> None:
+    sae = double(formats.read(file))
+    for subtract in (False, True):
+        same_function(sae, sae.arranged(subtract_b_dec=subtract, decoder="raw"))
+        if sae.can_be_unit():
+            same_function(sae, sae.arranged(subtract_b_dec=subtract, decoder="unit"))
+
+
+@pytest.mark.parametrize("scale", [0.25, 3.0])
+def test_input_scales_are_folded(file: Path, scale: float) -> None:
+    sae = replace(double(formats.read(file)), input_scale=scale)
+    same_function(sae, sae.arranged(subtract_b_dec=True, decoder="raw"))
+    if sae.can_be_unit():
+        same_function(sae, sae.arranged(decoder="unit"))
+
+
+CANNOT = {
+    ("sparsify", "relu"): "knows top-k SAEs alone",
+    ("sparsify", "jump_relu"): "knows top-k SAEs alone",
+    ("sparsify", "batch_topk"): "knows top-k SAEs alone",
+}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_sae_of_one_library_is_written_for_another_or_refused(format: str, file: Path, tmp_path: Path) -> None:
+    sae = replace(double(formats.read(file)), **PLACE)
+    reason = CANNOT.get((format, sae.activation))
+    if format in ("dictionary_learning", "e2e_sae") and sae.k is not None and sae.k != int(sae.k):
+        reason = "k must be whole"
+    if format == sae.format == "dictionary_learning" and "group_sizes" in sae.extra:
+        return  # written as it is: the test above
+    if reason is not None:
+        with pytest.raises(ValueError, match=reason):
+            formats.write(sae, tmp_path / "out", format)
+        assert not (tmp_path / "out").exists()
+        return
+    written = formats.write(sae, tmp_path / "out", format)
+    assert formats.detect(written) == format
+    read = formats.read(written)
+    same_function(sae, read)
+    if format != sae.format:
+        assert (read.position, read.model, read.lm_processing) == tuple(PLACE.values())
+
+
+def test_a_trained_sae_goes_back_into_the_kind_of_file_it_came_from(file: Path, tmp_path: Path) -> None:
+    like = formats.read(file)
+    if not like.can_be_unit() or "group_sizes" in like.extra:
+        pytest.skip("such SAEs are not trained: the refusals have tests of their own")
+    trained = double(replace(like.arranged(decoder="unit"), format="", metadata={}, extra={}))
+    noise = random(F, D, seed=5, dtype=torch.float64)
+    trained = replace(trained, W_enc=trained.W_enc + 0.1 * noise, W_dec=trained.W_dec - 0.1 * noise)
+    if like.activation == "topk":  # the decoder's rows may have any norm
+        assert trained.decoder == "unit"
+    written = formats.adapt(trained, like.format, like)
+    read = formats.read(import_module(like.format).write(written, tmp_path / "back"))
+    same_function(trained, read)
+    assert (read.position, read.model, read.subtract_b_dec) == (like.position, like.model, like.subtract_b_dec)
+    kept = {key for key in like.metadata if key not in ("dtype",)}
+    assert kept - {"rescale_acts_by_decoder_norm", "k"} <= set(read.metadata)
+
+
+def import_module(format: str) -> Any:
+    return formats._module(format)
+
+
+# -------------------------------------------------------------------------------------------------------------- facts
+
+
+@pytest.mark.parametrize(
+    ("module", "model", "position"),
+    [
+        ("layers.6", None, "blocks.6.hook_resid_post"),
+        ("h.11", "gpt2", "blocks.11.hook_resid_post"),
+        ("transformer.h.3.mlp", "gpt2", "blocks.3.hook_mlp_out"),
+        ("gpt_neox.layers.2.attention", None, "blocks.2.hook_attn_out"),
+        ("layers.2.self_attn", "meta-llama/Llama-3.2-1B", "blocks.2.hook_attn_out"),
+        ("layers_4", None, "blocks.4.hook_resid_post"),
+        ("layers.2.mlp", "google/gemma-2-2b", None),
+        ("layers.2", "google/gemma-2-2b", "blocks.2.hook_resid_post"),
+        ("layers.2.mlp.act", None, None),
+        ("embed_tokens", None, None),
+    ],
+)
+def test_modules_of_hugging_face_models_have_transformer_lens_names(
+    module: str, model: str | None, position: str | None
+) -> None:
+    assert formats.places.of_module(module, model) == position
+
+
+def test_sparsify_folders_say_where_they_sit(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"model": "EleutherAI/pythia-70m"}')
+    for name in ("layers.6", "layers.6/seed1"):
+        sae = formats.read(sparse_coder(tmp_path / "run" / name))
+        assert (sae.position, sae.model) == ("blocks.6.hook_resid_post", "EleutherAI/pythia-70m")
+        (tmp_path / "run" / name / "sae.safetensors").unlink()
+
+
+def test_dictionary_learning_checkpoints_find_their_settings(tmp_path: Path) -> None:
+    folder = dictionary(tmp_path / "trainer_0", top_k(), dict_class="BatchTopKSAE", k=K, lm_name="gpt2",
+                        submodule_name="mlp_out_layer_4")  # fmt: skip
+    (folder / "checkpoints").mkdir()
+    torch.save(top_k(), folder / "checkpoints" / "ae_100.pt")
+    sae = formats.read(folder / "checkpoints" / "ae_100.pt")
+    assert (sae.activation, sae.position, sae.model) == ("batch_topk", "blocks.4.hook_mlp_out", "gpt2")
+
+
+def test_sae_lens_says_on_which_activations_it_was_trained(tmp_path: Path) -> None:
+    about = {"sae_lens_version": "6.0.0", "hook_name": "blocks.0.hook_resid_pre"}
+    for i, (kwargs, expected) in enumerate(
+        [
+            ({"center_writing_weights": True}, "transformer_lens"),
+            ({"center_writing_weights": False}, "none"),
+            ({}, "none"),
+            (None, None),
+        ]
+    ):
+        more = {} if kwargs is None else {"model_from_pretrained_kwargs": kwargs}
+        assert formats.read(lens(tmp_path / str(i), metadata=about | more)).lm_processing == expected
+
+
+def test_old_sae_lens_files_stay_old(tmp_path: Path) -> None:
+    like = formats.read(FILES["sae_lens 3 topk"](tmp_path))
+    assert (like.position, like.activation, like.k) == ("blocks.2.hook_resid_pre", "topk", K)
+    cfg = formats.adapt(replace(like, k=5), "sae_lens", like).metadata
+    assert cfg["activation_fn_kwargs"] == {"k": 5}
+    assert "metadata" not in cfg
+    assert "architecture" not in cfg
+
+
+def test_one_of_several_saes_is_asked_for_by_position(tmp_path: Path) -> None:
+    folder = run(tmp_path / "two", "blocks.1.hook_resid_pre", "blocks.3.hook_mlp_out")
+    assert formats.read(f"{folder}::blocks.3.hook_mlp_out").position == "blocks.3.hook_mlp_out"
+    for wrong in (folder, f"{folder}::blocks.2.hook_mlp_out"):
+        with pytest.raises(ValueError, match=r"holds SAEs \['blocks.1.hook_resid_pre', 'blocks.3.hook_mlp_out'\]"):
+            formats.read(wrong)
+    with pytest.raises(ValueError, match="holds one SAE: leave out ::x"):
+        formats.read(f"{lens(tmp_path / 'lens')}::x")
+
+
+def test_the_authors_copies_on_the_hub_are_read(tmp_path: Path) -> None:
+    torch.save(weights(*LINEAR, "decoder.bias", unit=True), tmp_path / "e2e_layer_6.pt")
+    settings = {"tlens_model_name": "gpt2-small", "saes": {"sae_positions": ["blocks.6.hook_resid_pre"]}}
+    (tmp_path / "e2e_layer_6.yaml").write_text(yaml.safe_dump(settings))
+    sae = formats.read(tmp_path / "e2e_layer_6.pt")
+    assert (sae.format, sae.position, sae.model) == ("e2e_sae", "blocks.6.hook_resid_pre", "gpt2-small")
+    written = formats.write(sae, tmp_path / "run")
+    assert formats.read(written).position == sae.position
+    same_function(double(sae), double(formats.read(written)))
+
+
+def test_a_top_k_saes_old_threshold_does_not_outlive_its_training(tmp_path: Path) -> None:
+    like = formats.read(dictionary(tmp_path / "x", top_k(), dict_class="AutoEncoderTopK", k=K))
+    assert like.extra["threshold"] == torch.tensor(0.3)
+    back = formats.adapt(replace(like, k=4), "dictionary_learning", like)
+    assert float(back.extra["threshold"]) == dictionary_learning.UNSET
+    assert (int(back.extra["k"]), back.metadata["trainer"]["k"]) == (4, 4)
+
+
+# ----------------------------------------------------------------------------------------------------------- refusals
+
+GATED = ("encoder.weight", "decoder.weight", "r_mag", "gate_bias", "mag_bias", "decoder_bias")
+REFUSED: dict[str, tuple[Made, str]] = {
+    "nothing": (lambda p: p / "nowhere", "no such file or folder"),
+    "an empty folder": (lambda p: p, "no SAE of a known format: expected sae_weights.safetensors"),
+    "gated": (
+        lambda p: lens(p / "x", weights("W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag"), architecture="gated"),
+        "gated SAE, which is not read. It computes what a jumprelu one does",
+    ),
+    "gated (dictionary_learning)": (lambda p: dictionary(p / "x", weights(*GATED)), "what a JumpReluAutoEncoder does"),
+    "a transcoder": (lambda p: lens(p / "x", architecture="transcoder"), "architecture must be one of .'standard'"),
+    "another activation": (lambda p: lens(p / "x", activation_fn_str="tanh-relu"), "must be relu or topk, got 'tanh-r"),
+    "no threshold": (lambda p: lens(p / "x", architecture="jumprelu"), "lacks threshold, which jumprelu SAEs have"),
+    "k too large": (lambda p: lens(p / "x", architecture="topk", k=F + 1), "k must lie in"),
+    "no settings": (
+        lambda p: [(lens(p / "x") / "cfg.json").unlink(), p / "x"][1], "must hold cfg.json beside sae_weights"
+    ),
+    "unclear class": (lambda p: dictionary(p / "x", top_k()), "may be AutoEncoderTopK or BatchTopKSAE: put con"),
+    "unknown class": (lambda p: dictionary(p / "x", top_k(), dict_class="Crosscoder"), "got 'Crosscoder'"),
+    "unknown tensors": (lambda p: dictionary(p / "x", weights("W_enc")), "has the tensors"),
+    "a lacking tensor": (
+        lambda p: dictionary(p / "x", weights(*LINEAR), dict_class="AutoEncoder"), "lacks bias, which AutoEncoder has"
+    ),
+    "sparsify transcoder": (lambda p: sparse_coder(p / "x", transcode=True), "transcoder \\(transcode: true\\)"),
+    "sparsify skip": (lambda p: sparse_coder(p / "x", skip_connection=True), "skip_connection: true"),
+    "groupmax": (lambda p: sparse_coder(p / "x", activation="groupmax"), "activation must be 'topk', got 'groupmax'"),
+    "signed": (lambda p: sparse_coder(p / "x", signed=True), "got signed top-k"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_read_says_why(name: str, tmp_path: Path) -> None:
+    make, message = REFUSED[name]
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        formats.read(make(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("cfg", "tensors", "message"),
+    [
+        ({"normalize_activations": "layer_norm"}, {}, "normalises its activations beyond a factor"),
+        ({"normalize_activations": "expected_average_only_in"}, {}, "no activation_scaler.json beside it"),
+        ({"finetuning_scaling_factor": True}, {"scaling_factor": torch.full((F,), 2.0)}, "multiply the rows of W_dec"),
+    ],
+)
+def test_functions_that_are_none_of_ours_can_be_copied_but_not_computed(
+    cfg: dict[str, Any], tensors: dict[str, torch.Tensor], message: str, tmp_path: Path
+) -> None:
+    source = lens(tmp_path / "x", weights(*LENS) | tensors, **cfg)
+    sae = formats.read(source)
+    formats.write(sae, tmp_path / "copy")
+    assert settings_of(tmp_path / "copy") == settings_of(source)
+    for attempt in (lambda: sae(random(2, D)), sae.arranged, lambda: formats.adapt(sae, "e2e_sae")):
+        with pytest.raises(ValueError, match=message):
+            attempt()
+
+
+def test_writing_refuses_folders_in_use_and_unknown_formats(tmp_path: Path) -> None:
+    sae = formats.read(lens(tmp_path / "x"))
+    with pytest.raises(ValueError, match="must be a new or empty folder"):
+        formats.write(sae, tmp_path / "x")
+    with pytest.raises(ValueError, match="format must be one of sae_lens, sparsify"):
+        formats.write(sae, tmp_path / "y", "saelens")
+    with pytest.raises(ValueError, match="position is None"):
+        formats.write(replace(sae, position=None), tmp_path / "y", "e2e_sae")
+    nested = formats.read(FILES["dictionary_learning Matryoshka"](tmp_path / "nested"))
+    with pytest.raises(ValueError, match="nested groups are not trained here"):
+        formats.adapt(nested, "dictionary_learning", nested)
+
+
+def test_selections_of_the_largest_keep_rows_of_unequal_norm(tmp_path: Path) -> None:
+    sae = formats.read(lens(tmp_path / "x", architecture="topk", k=K))
+    assert not sae.can_be_unit()
+    with pytest.raises(ValueError, match="would change which features topk selects"):
+        sae.arranged(decoder="unit")
