@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from e2e_fast import formats
 from e2e_fast.formats import StoredSAE, dictionary_learning
+from e2e_fast.lm import load_lm
 
 F, D, N, K = 20, 8, 64, 3
 PLACE = {"position": "blocks.1.hook_resid_post", "model": "gpt2", "lm_processing": "none"}
@@ -238,15 +239,11 @@ def test_a_trained_sae_goes_back_into_the_kind_of_file_it_came_from(file: Path, 
     if like.activation == "topk":  # the decoder's rows may have any norm
         assert trained.decoder == "unit"
     written = formats.adapt(trained, like.format, like)
-    read = formats.read(import_module(like.format).write(written, tmp_path / "back"))
+    read = formats.read(formats.module(like.format).write(written, tmp_path / "back"))
     same_function(trained, read)
     assert (read.position, read.model, read.subtract_b_dec) == (like.position, like.model, like.subtract_b_dec)
     kept = {key for key in like.metadata if key not in ("dtype",)}
     assert kept - {"rescale_acts_by_decoder_norm", "k"} <= set(read.metadata)
-
-
-def import_module(format: str) -> Any:
-    return formats._module(format)
 
 
 # -------------------------------------------------------------------------------------------------------------- facts
@@ -419,3 +416,35 @@ def test_selections_of_the_largest_keep_rows_of_unequal_norm(tmp_path: Path) -> 
     assert not sae.can_be_unit()
     with pytest.raises(ValueError, match="would change which features topk selects"):
         sae.arranged(decoder="unit")
+
+
+# --------------------------------------------------------------------------------- e2e_sae's own language models
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_language_models_that_e2e_sae_trained_are_run_as_they_are(tmp_path: Path) -> None:
+    lens: Any = pytest.importorskip("transformer_lens", reason="TransformerLens is not installed")
+    if not hasattr(lens, "HookedTransformer"):
+        pytest.skip("TransformerLens 4 has no HookedTransformer")
+    settings = {"d_model": 16, "n_layers": 2, "n_ctx": 12, "d_head": 8, "d_vocab": 30, "act_fn": "gelu_new"}
+    theirs = lens.HookedTransformer(lens.HookedTransformerConfig(**settings, seed=0, device="cpu"))
+    for parameter in theirs.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    torch.save(theirs.state_dict(), tmp_path / "epoch_1.pt")
+    with pytest.raises(ValueError, match="must say under tlens_config"):
+        load_lm(tmp_path / "epoch_1.pt")
+    config = {"seed": 0, "tlens_config": settings | {"dtype": "float32", "tokenizer_name": "gpt2"}}
+    (tmp_path / "final_config.yaml").write_text(yaml.safe_dump(config))
+    tokens = torch.arange(24).view(2, 12)
+    logits, cache = theirs.run_with_cache(tokens)
+    for processing in (None, "transformer_lens", "none"):
+        lm = load_lm(tmp_path / "epoch_1.pt", processing)
+        original = lm.original(tokens, at=lm.positions())
+        torch.testing.assert_close(original.logits(), logits, rtol=1e-5, atol=1e-5)
+        for position in lm.positions():
+            torch.testing.assert_close(original[position], cache[position], rtol=1e-5, atol=1e-5)
+    state = torch.load(tmp_path / "epoch_1.pt", weights_only=True)
+    del state["blocks.1.mlp.W_in"]
+    torch.save(state, tmp_path / "epoch_2.pt")
+    with pytest.raises(ValueError, match="blocks.1.mlp.W_in is lacking"):
+        load_lm(tmp_path / "epoch_2.pt")

@@ -26,7 +26,7 @@ from e2e_fast.formats.stored import StoredSAE
 FORMATS = ("sae_lens", "sparsify", "e2e_sae", "dictionary_learning")
 """Each a module here, with ``detects``, ``read``, ``adapt`` and ``write``; `detect` tries them in this order."""
 
-__all__ = ["FORMATS", "StoredSAE", "adapt", "detect", "read", "write"]
+__all__ = ["FORMATS", "StoredSAE", "adapt", "detect", "module", "read", "write"]
 
 
 def detect(path: str | Path) -> str:
@@ -38,7 +38,7 @@ def detect(path: str | Path) -> str:
     if not place.exists():
         raise FileNotFoundError(f"no such file or folder: {place}")
     for name in FORMATS:
-        if _module(name).detects(place):
+        if module(name).detects(place):
             return name
     raise ValueError(
         f"{place} is no SAE of a known format: expected sae_weights.safetensors (sae_lens), sae.safetensors "
@@ -54,10 +54,10 @@ def read(path: str | Path) -> StoredSAE:
     place, name = split_name(path)
     format = detect(place)
     if format == "e2e_sae":
-        return _module(format).read(place, name)
+        return module(format).read(place, name)
     if name is not None:
         raise ValueError(f"{place} is a {format} file, which holds one SAE: leave out ::{name}")
-    return _module(format).read(place)
+    return module(format).read(place)
 
 
 def write(sae: StoredSAE, folder: str | Path, format: str | None = None) -> Path:
@@ -72,7 +72,7 @@ def write(sae: StoredSAE, folder: str | Path, format: str | None = None) -> Path
         sae = adapt(sae, format)
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} must be a new or empty folder, but holds files")
-    return _module(format).write(sae, folder)
+    return module(format).write(sae, folder)
 
 
 def adapt(sae: StoredSAE, format: str, like: StoredSAE | None = None) -> StoredSAE:
@@ -81,10 +81,11 @@ def adapt(sae: StoredSAE, format: str, like: StoredSAE | None = None) -> StoredS
     ``like`` is an SAE of that format whose settings are kept, but for what the function decides: so a trained SAE goes
     back into the kind of file that it came from. Raises ValueError where the format cannot hold the function.
     """
-    return _module(format).adapt(sae, like)
+    return module(format).adapt(sae, like)
 
 
-def _module(format: str) -> ModuleType:
+def module(format: str) -> ModuleType:
+    """The module of a format, for what `write` does not do: its ``write`` puts an SAE into a folder already in use."""
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     return import_module(f"e2e_fast.formats.{format}")

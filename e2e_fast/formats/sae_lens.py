@@ -53,8 +53,17 @@ ARCHITECTURES: dict[str, Activation] = {
     "matryoshka_batchtopk": "batch_topk",
 }
 _WRITTEN = {"relu": "standard", "topk": "topk", "jump_relu": "jumprelu", "batch_topk": "jumprelu"}
-_VERSION = "6.0.0"
-"""The layout that new files follow; without a version SAELens takes a file for one of before 6."""
+_FRESH: dict[str, Any] = {
+    "device": "cpu",
+    "reshape_activations": "none",
+    # Without a version SAELens takes a file for one of before 6.
+    "metadata": {
+        "sae_lens_version": "6.0.0",
+        "sae_lens_training_version": None,
+        "trained_with": f"e2e_fast {e2e_fast.__version__}",
+    },
+}
+"""Settings of an SAE that was no SAELens file before."""
 
 
 def detects(path: Path) -> bool:
@@ -129,8 +138,7 @@ def adapt(sae: StoredSAE, like: StoredSAE | None = None) -> StoredSAE:
     else:
         threshold = None
     activation: Activation = "jump_relu" if plain.activation == "batch_topk" else plain.activation
-    cfg = dict(like.metadata) if like is not None and like.format == NAME else _fresh(plain)
-    cfg |= {
+    cfg = _placed(like.metadata if like is not None and like.format == NAME else _FRESH, plain) | {
         "d_in": plain.d_in,
         "d_sae": plain.d_sae,
         "dtype": str(plain.W_dec.dtype).removeprefix("torch."),
@@ -221,20 +229,17 @@ def _processing(about: dict[str, Any]) -> str | None:
     return "transformer_lens" if centred else "none"
 
 
-def _fresh(sae: StoredSAE) -> dict[str, Any]:
-    """Settings of an SAE that was no SAELens file before."""
-    about: dict[str, Any] = {
-        "sae_lens_version": _VERSION,
-        "sae_lens_training_version": None,
-        "trained_with": f"e2e_fast {e2e_fast.__version__}",
-    }
+def _placed(cfg: dict[str, Any], sae: StoredSAE) -> dict[str, Any]:
+    """The settings with an SAE's place, where it is another one than they say."""
+    about = dict(cfg.get("metadata") or cfg)
     if sae.model is not None:
         about["model_name"] = sae.model
-    if sae.position is not None:
+    if sae.position not in (None, _position(about)):
         about |= {"hook_name": sae.position, "hook_head_index": None}
-    if sae.lm_processing is not None:
-        about["model_from_pretrained_kwargs"] = {"center_writing_weights": sae.lm_processing == "transformer_lens"}
-    return {"device": "cpu", "reshape_activations": "none", "metadata": about}
+    if sae.lm_processing not in (None, _processing(about)):
+        centred = {"center_writing_weights": sae.lm_processing == "transformer_lens"}
+        about["model_from_pretrained_kwargs"] = (about.get("model_from_pretrained_kwargs") or {}) | centred
+    return cfg | {"metadata": about} if "metadata" in cfg else about
 
 
 def _whole(k: float | None) -> int:

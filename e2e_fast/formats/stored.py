@@ -42,7 +42,7 @@ UNIFORM = 1e-5
 """Rows whose norms differ by no more than this share count as equal: what unit rows lose by rounding to float32."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StoredSAE:
     """One SAE of a file: its weights in one orientation, what is computed with them, and all else the file says."""
 
@@ -105,6 +105,11 @@ class StoredSAE:
     @property
     def d_sae(self) -> int:
         return self.W_enc.shape[0]
+
+    def at(self, position: str | None, model: str | None, lm_processing: str | None) -> "StoredSAE":
+        """The same SAE with another place; None leaves what there is."""
+        place = {"position": position, "model": model, "lm_processing": lm_processing}
+        return dataclasses.replace(self, **{key: value for key, value in place.items() if value is not None})
 
     # ------------------------------------------------------------------ the function
 
