@@ -38,8 +38,10 @@ from pydantic import (
 )
 
 from e2e_fast.data import DatasetConfig
+from e2e_fast.kernels.reference import BANDWIDTH
 from e2e_fast.losses import LossConfig, LossName, Positions
 from e2e_fast.precision import Precision
+from e2e_fast.sae import SAE_OPTIONS, THRESHOLD, Activation, resolve_activation
 
 Paths = Annotated[tuple[Path, ...] | None, BeforeValidator(lambda v: (v,) if isinstance(v, (str, Path)) else v)]
 
@@ -65,7 +67,20 @@ class SAEsConfig(BaseModel):
     """Weight files to start from; later files win. Positions they cover stay frozen unless ``retrain_saes``."""
     retrain_saes: bool = False
     k: PositiveInt | None = None
-    """TopK: features kept per token. None: ReLU, e2e_sae's activation. [ours]"""
+    """TopK and BatchTopK: features kept per token. [ours]"""
+    activation: Activation | None = None
+    """relu, topk, batch_topk or jump_relu. None: topk with ``k``, else relu, e2e_sae's activation. [ours]"""
+    threshold: PositiveFloat = THRESHOLD
+    """jump_relu: every feature's before training, in units of the pre-activations. [ours]"""
+    bandwidth: PositiveFloat = BANDWIDTH
+    """jump_relu: of the straight-through gradients, in units of the pre-activations. [ours]"""
+    normalize_decoder: bool = True
+    """Decode with unit rows, as e2e_sae does, or with the rows as they are. [ours]"""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments of `e2e_fast.SAE` among them."""
+        return {name: getattr(self, name) for name in SAE_OPTIONS}
 
 
 _NAME, _KEYS = "(a name)", "(its keys)"
@@ -189,7 +204,20 @@ class Config(BaseModel):
             raise ValueError("eval_every_n_samples needs eval_data, got None")
         self._check_schedule(self.schedule or ())
         self._check_sweep()
+        self._check_activation()
         return self
+
+    def _check_activation(self) -> None:
+        k = self.sweep.k[0] if self.sweep is not None and self.sweep.k else self.saes.k
+        try:
+            activation = resolve_activation(self.saes.activation, k)
+        except ValueError as error:
+            raise ValueError(f"saes: {error}") from None
+        for loss in (self.loss, *(phase.loss for phase in self.schedule or ())):
+            if isinstance(loss, LossConfig) and loss.sparsity.p_norm == 0 and activation != "jump_relu":
+                raise ValueError(
+                    f"loss.sparsity: p_norm 0 needs saes.activation jump_relu, the L0 of {activation} has no gradient"
+                )
 
     def _check_sweep(self) -> None:
         if self.sweep is None:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self, get_args
 
 import torch
 import torch.nn.functional as nnf
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, PositiveFloat, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, model_validator
 from torch import Tensor
 
 from e2e_fast.positions import resolve_positions
@@ -55,7 +55,8 @@ class SparsityLoss(_Frozen):
     """‖c‖_p of the codes, divided by the width of the SAE's input."""
 
     coeff: NonNegativeFloat
-    p_norm: PositiveFloat = 1.0
+    p_norm: NonNegativeFloat = 1.0
+    """0: the L0, which JumpReLU alone can train on. [ours]"""
 
 
 class InToOrigLoss(_Frozen):

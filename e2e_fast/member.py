@@ -60,7 +60,7 @@ class Member:
         """Micro-batches of this process in an optimizer step."""
         torch.manual_seed(config.seed)
         self.model = SAETransformer(
-            lm, config.saes.sae_positions, config.saes.dict_size_to_input_ratio, k=config.saes.k
+            lm, config.saes.sae_positions, config.saes.dict_size_to_input_ratio, **config.saes.options
         )
         self.saes = self.model.by_position
         self.phases = phases(config, preset, list(self.saes), lm.positions())

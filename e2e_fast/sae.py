@@ -1,10 +1,19 @@
 """The sparse autoencoder, and a frozen language model with SAEs at some of its positions.
 
-    c = relu(W_enc x + b_enc)                      (N, F); with ``k`` only the k largest entries
+    z = W_enc x + b_enc                            (N, F)
+    c = activation(z)                              (N, F)
     x̂ = Σ_j c_j · W_dec[j] / ‖W_dec[j]‖ + b_dec    (N, D)
+
+    relu         max(z, 0): e2e_sae's activation
+    topk         the k largest positive z of every token
+    batch_topk   the k·N largest positive z of the batch in training; else z > a running mean of the smallest kept one
+    jump_relu    z > θ_j, a trained threshold for every feature
 
 Decoder rows are normalised inside autograd on every forward; Adam updates the raw rows, whose gradient is therefore
 tangent to them. No tied weights, no subtraction of b_dec from the input (Braun et al. 2024).
+
+JumpReLU trains log θ (as Rajamanoharan et al. 2024 do): θ stays positive with nothing to clamp, and a step of Adam
+changes it by a share of itself, where the same step on θ = 0.001 would be half of it.
 
 >>> import torch
 >>> sae = SAE(d_in=16, d_sae=64)
@@ -16,19 +25,29 @@ tangent to them. No tied weights, no subtraction of b_dec from the input (Braun 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from e2e_fast import kernels
-from e2e_fast.kernels import DensityController, SparseCode
+from e2e_fast.kernels import DensityController, JumpCode, SparseCode
 from e2e_fast.kernels.density import default_limit
+from e2e_fast.kernels.reference import BANDWIDTH
 from e2e_fast.positions import hyphenated, resolve_positions
 from e2e_fast.precision import as_given, lowered
 
 if TYPE_CHECKING:
     from e2e_fast.lm import LM
+
+
+Activation = Literal["relu", "topk", "batch_topk", "jump_relu"]
+
+THRESHOLD = 1e-3
+"""JumpReLU's thresholds before training (Rajamanoharan et al. 2024)."""
+
+THRESHOLD_RATE = 0.01
+"""How far BatchTopK's running threshold moves towards that of a batch."""
 
 
 class Linear(NamedTuple):
@@ -46,7 +65,7 @@ class SAEActs:
     """[..., d_in] the activation that arrived."""
     output: Tensor
     """[..., d_in] its reconstruction."""
-    code: SparseCode
+    code: SparseCode | JumpCode
     """The codes of the N flattened tokens. While most features fire K = d_sae and slot j is feature j."""
     d_sae: int
 
@@ -62,9 +81,14 @@ class SAEActs:
         return dense.view(*self.input.shape[:-1], self.d_sae)
 
     def norm(self, p: float) -> Tensor:
-        """(N,) ‖c‖_p of every token, in float32 (float64 for such codes)."""
+        """(N,) ‖c‖_p of every token, in float32 (float64 for such codes).
+
+        p = 0 is the L0: constant to autograd, but for JumpReLU, whose thresholds get a straight-through gradient.
+        """
         values = self.code.values
         dtype = torch.promote_types(values.dtype, torch.float32)
+        if p == 0:
+            return self.code.l0 if isinstance(self.code, JumpCode) else self.code.count.to(dtype)
         return values.sum(-1, dtype=dtype) if p == 1 else torch.linalg.vector_norm(values, ord=p, dim=-1, dtype=dtype)
 
     def l0(self) -> Tensor:
@@ -87,15 +111,37 @@ class CacheActs(NamedTuple):
 class SAE(nn.Module):
     """One sparse autoencoder; parameters W_enc and W_dec are [d_sae, d_in].
 
-    ``init="e2e_sae"`` draws the same numbers as the reference: ``torch.nn.Linear``'s default for the encoder and both
-    biases, a random (semi-)orthogonal decoder. ``init="empty"`` leaves the parameters to be loaded.
+    ``activation`` None means TopK with ``k`` and ReLU without; ``k`` belongs to "topk" and "batch_topk" (there on
+    average). "jump_relu" trains ``log_threshold`` [d_sae], starts at ``threshold`` and takes straight-through gradients
+    of this ``bandwidth``, both in units of the activations before it. ``normalize_decoder=False`` decodes with W_dec as
+    it is. ``init="e2e_sae"`` draws the same numbers as the reference: ``torch.nn.Linear``'s default for the encoder and
+    both biases, a random (semi-)orthogonal decoder. ``init="empty"`` leaves the weights to be loaded.
+
+    BatchTopK depends on the batch in training alone, that is in train mode with gradients enabled. Elsewhere, and in
+    `encode`, a token keeps what exceeds ``running_threshold``, an average over training of the smallest activation that
+    a batch kept (0 before the first batch: ReLU).
     """
 
-    def __init__(self, d_in: int, d_sae: int, *, k: int | None = None, init: str = "e2e_sae") -> None:
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        *,
+        k: int | None = None,
+        activation: Activation | None = None,
+        normalize_decoder: bool = True,
+        threshold: float = THRESHOLD,
+        bandwidth: float = BANDWIDTH,
+        init: str = "e2e_sae",
+    ) -> None:
         super().__init__()
+        self.activation = resolve_activation(activation, k)
         if k is not None:
             kernels.reference.check_k(k, d_sae)
+        if not threshold > 0:
+            raise ValueError(f"threshold must be above 0, got {threshold}")
         self.d_in, self.d_sae, self.k = d_in, d_sae, k
+        self.normalize_decoder, self.bandwidth = normalize_decoder, bandwidth
         self.density = DensityController(default_limit(d_sae))
         if init == "e2e_sae":
             encoder, decoder = nn.Linear(d_in, d_sae), nn.Linear(d_sae, d_in)
@@ -106,30 +152,63 @@ class SAE(nn.Module):
         else:
             raise ValueError(f"init must be 'e2e_sae' or 'empty', got {init!r}")
         self.W_enc, self.b_enc, self.W_dec, self.b_dec = (nn.Parameter(t.contiguous()) for t in tensors)
+        if self.activation == "jump_relu":
+            self.log_threshold = nn.Parameter(torch.full((d_sae,), threshold).log())
+        if self.activation == "batch_topk":
+            self.running_threshold: Tensor
+            self.register_buffer("running_threshold", torch.zeros(()))
 
     def forward(self, x: Tensor) -> SAEActs:
         """Encode and decode activations [..., d_in]."""
         flat, W_enc, W_dec = lowered(x.reshape(-1, self.d_in), self.W_enc, self.W_dec)
+        by_batch = self.activation == "batch_topk" and self.training and torch.is_grad_enabled()
+        chosen: dict[str, Any] = {"k": self.k, "batch": by_batch}
+        if (thresholds := self.thresholds) is not None and not by_batch:
+            chosen = {"threshold": thresholds, "bandwidth": self.bandwidth if self.activation == "jump_relu" else 0.0}
         with as_given(x.device):
             output, code = kernels.autoencode(
-                flat, W_enc, self.b_enc, W_dec, self.b_dec, k=self.k, density=self.density
-            )
+                flat, W_enc, self.b_enc, W_dec, self.b_dec,
+                normalize=self.normalize_decoder, density=self.density, **chosen,
+            )  # fmt: skip
+        if by_batch:
+            self._observe_threshold(code.values.detach())
         return SAEActs(x, output.to(x.dtype).view_as(x), code, self.d_sae)
 
+    @property
+    def thresholds(self) -> Tensor | None:
+        """[d_sae] what a pre-activation must exceed: JumpReLU's trained ones, BatchTopK's running one; else None."""
+        if self.activation == "jump_relu":
+            return self.log_threshold.exp()
+        return self.running_threshold.expand(self.d_sae) if self.activation == "batch_topk" else None
+
+    @torch.no_grad()
+    def _observe_threshold(self, values: Tensor) -> None:
+        """Moves the running threshold towards the smallest activation kept; waits for no GPU."""
+        if values.numel() == 0:
+            return
+        smallest = torch.where(values > 0, values, torch.inf).amin().to(self.running_threshold.dtype)
+        moved = torch.lerp(self.running_threshold, smallest, THRESHOLD_RATE)
+        moved = torch.where(self.running_threshold == 0, smallest, moved)
+        self.running_threshold.copy_(torch.where(smallest.isfinite(), moved, self.running_threshold))
+
     def encode(self, x: Tensor) -> Tensor:
-        """Dense codes [..., d_sae] of activations [..., d_in]."""
+        """Dense codes [..., d_sae] of activations [..., d_in]; a token's does not depend on the others."""
         return self.encode_sparse(x).to_dense(self.d_sae).view(*x.shape[:-1], self.d_sae)
 
-    def encode_sparse(self, x: Tensor) -> SparseCode:
+    def encode_sparse(self, x: Tensor) -> SparseCode | JumpCode:
         """Codes of the N flattened tokens, with room for the fullest of them (or for k)."""
         flat = x.reshape(-1, self.d_in)
+        if (thresholds := self.thresholds) is not None:
+            bandwidth = self.bandwidth if self.activation == "jump_relu" else 0.0
+            return kernels.encode_jump_relu(flat, self.W_enc, self.b_enc, thresholds, bandwidth)
         if self.k is not None:
             return kernels.encode_topk(flat, self.W_enc, self.b_enc, self.k)
         return kernels.encode_relu(flat, self.W_enc, self.b_enc)
 
     def decode(self, c: Tensor) -> Tensor:
         """Reconstruction [..., d_in] of dense codes [..., d_sae]."""
-        return c @ self.dict_elements.T + self.b_dec
+        rows = nn.functional.normalize(self.W_dec, dim=-1) if self.normalize_decoder else self.W_dec
+        return c @ rows + self.b_dec
 
     @property
     def dict_elements(self) -> Tensor:
@@ -147,7 +226,28 @@ class SAE(nn.Module):
         return Linear(self.W_dec.T, self.b_dec)
 
     def extra_repr(self) -> str:
-        return f"d_in={self.d_in}, d_sae={self.d_sae}" + (f", k={self.k}" if self.k else "")
+        parts = [f"d_in={self.d_in}, d_sae={self.d_sae}"]
+        if self.activation != resolve_activation(None, self.k):
+            parts.append(f"activation={self.activation}")
+        parts += [f"k={self.k}"] if self.k else []
+        return ", ".join(parts if self.normalize_decoder else [*parts, "normalize_decoder=False"])
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `SAE` and the configuration's ``saes`` take to make another one of this kind."""
+        names = ("k", "activation", "normalize_decoder", "bandwidth")
+        return {name: getattr(self, name) for name in names}
+
+
+def resolve_activation(activation: Activation | None, k: int | None) -> Activation:
+    """The activation: None is TopK with ``k`` and ReLU without. Raises ValueError where name and k disagree."""
+    if activation is None:
+        return "relu" if k is None else "topk"
+    if activation not in get_args(Activation):
+        raise ValueError(f"activation must be one of {', '.join(get_args(Activation))}, got {activation!r}")
+    if (k is None) != (activation in ("relu", "jump_relu")):
+        raise ValueError(f"k belongs to topk and batch_topk, got k={k} with activation {activation!r}")
+    return activation
 
 
 E2E_SAE_KEYS = {
@@ -158,12 +258,21 @@ E2E_SAE_KEYS = {
 }
 """e2e_sae's names of an SAE's tensors; its decoder is stored transposed, [d_in, d_sae]."""
 
+OWN_KEYS = {"jump_relu": ("log_threshold",), "batch_topk": ("running_threshold",)}
+"""What activations that e2e_sae does not have store beside them, under the same prefix and our own names:
+``blocks-6-hook_resid_pre.log_threshold`` [d_sae], ``….running_threshold`` []."""
+
+
+def tensor_names(sae: SAE) -> dict[str, str]:
+    """Name in a file → attribute, for all tensors of an SAE."""
+    return E2E_SAE_KEYS | {name: name for name in OWN_KEYS.get(sae.activation, ())}
+
 
 def to_e2e_sae(saes: Mapping[str, SAE]) -> dict[str, Tensor]:
-    """The weights of several SAEs under e2e_sae's keys (``blocks-6-hook_resid_pre.encoder.0.weight`` …)."""
+    """The weights of several SAEs under e2e_sae's keys (``blocks-6-hook_resid_pre.encoder.0.weight`` …; `OWN_KEYS`)."""
     state = {}
     for position, sae in saes.items():
-        for theirs, ours in E2E_SAE_KEYS.items():
+        for theirs, ours in tensor_names(sae).items():
             tensor = getattr(sae, ours).detach()
             state[f"{hyphenated(position)}.{theirs}"] = tensor.T.contiguous() if ours == "W_dec" else tensor
     return state
@@ -176,8 +285,8 @@ def load_e2e_sae(saes: Mapping[str, SAE], state: Mapping[str, Tensor], *, strict
     """
     wanted = {
         f"{hyphenated(position)}.{theirs}": (position, ours)
-        for position in saes
-        for theirs, ours in E2E_SAE_KEYS.items()
+        for position, sae in saes.items()
+        for theirs, ours in tensor_names(sae).items()
     }
     if unknown := sorted(set(state) - set(wanted)):
         raise ValueError(
@@ -201,11 +310,16 @@ def load_e2e_sae(saes: Mapping[str, SAE], state: Mapping[str, Tensor], *, strict
     return list(covered)
 
 
+SAE_OPTIONS = ("k", "activation", "normalize_decoder", "threshold", "bandwidth")
+"""Arguments of `SAE` that a configuration's ``saes`` may hold."""
+
+
 class SAETransformer(nn.Module):
     """A frozen language model with SAEs at some of its positions: e2e_sae's class, signature and keys.
 
     ``tlens_model`` is anything ``load_lm`` takes. ``raw_sae_positions`` are position names or parts of names.
-    ``d_sae = int(dict_size_to_input_ratio · d_in)`` at each.
+    ``d_sae = int(dict_size_to_input_ratio · d_in)`` at each. ``sae`` holds further arguments of `SAE`: ``k``,
+    ``activation``, ``normalize_decoder``, ``threshold``, ``bandwidth``.
     """
 
     def __init__(
@@ -215,8 +329,8 @@ class SAETransformer(nn.Module):
         dict_size_to_input_ratio: float = 1.0,
         init_decoder_orthogonal: bool = True,
         *,
-        k: int | None = None,
         lm_processing: str = "transformer_lens",
+        **sae: Any,
     ) -> None:
         from e2e_fast.lm import load_lm
 
@@ -233,7 +347,7 @@ class SAETransformer(nn.Module):
                 raise ValueError(
                     f"dict_size_to_input_ratio {dict_size_to_input_ratio} gives no feature at width {d_in}"
                 )
-            self.saes[hyphenated(position)] = SAE(d_in, d_sae, k=k, init=init)
+            self.saes[hyphenated(position)] = SAE(d_in, d_sae, init=init, **sae)
         self.to(self.lm.device)
 
     @property
@@ -369,12 +483,14 @@ class SAETransformer(nn.Module):
         if len(positions) != len(stems):
             known = {hyphenated(p) for p in positions}
             raise ValueError(f"the weights hold {sorted(stems - known)[0]!r}, which is no position of {lm.name}")
-        transformer = cls(lm, positions, 1.0, init_decoder_orthogonal=False, k=saes.get("k"))
+        options = {name: saes[name] for name in SAE_OPTIONS if name in saes}
+        # TopK needs a k below the size, which is not known yet.
+        transformer = cls(lm, positions, 1.0, init_decoder_orthogonal=False)
         for position, sae in transformer.by_position.items():
             d_sae, d_in = state[f"{hyphenated(position)}.encoder.0.weight"].shape
             if d_in != sae.d_in:
                 raise ValueError(f"the SAE at {position} has d_in {d_in}, {lm.name} has {sae.d_in} there")
-            transformer.saes[hyphenated(position)] = SAE(d_in, d_sae, k=sae.k, init="empty")
+            transformer.saes[hyphenated(position)] = SAE(d_in, d_sae, init="empty", **options)
         load_e2e_sae(transformer.by_position, state)
         transformer.saes.to(lm.device)
         return transformer

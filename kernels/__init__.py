@@ -19,15 +19,18 @@ from e2e_fast.kernels import reference
 from e2e_fast.kernels.autoencode import autoencode
 from e2e_fast.kernels.decode import decode
 from e2e_fast.kernels.density import DensityController
-from e2e_fast.kernels.encode import encode_relu, encode_topk
+from e2e_fast.kernels.encode import encode_batch_topk, encode_jump_relu, encode_relu, encode_topk
 from e2e_fast.kernels.linear_kl import linear_kl
-from e2e_fast.kernels.sparse_code import SparseCode
+from e2e_fast.kernels.sparse_code import JumpCode, SparseCode
 
 __all__ = [
     "DensityController",
+    "JumpCode",
     "SparseCode",
     "autoencode",
     "decode",
+    "encode_batch_topk",
+    "encode_jump_relu",
     "encode_relu",
     "encode_topk",
     "linear_kl",

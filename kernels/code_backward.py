@@ -11,10 +11,12 @@ the unit row u_j = s_j W_dec[j]:
 Nothing of size N × F or N × K × D is formed, sums run in a fixed order, and features without tokens get exact zeros.
 
 Operator: ``e2e_fast::code_backward(values, indices, dvalues?, g?, W_dec?, x?, W_enc?, normalize, need_dW_dec,
-need_dW_enc, need_dx) -> (dW_dec, dW_enc, db_enc, dvalues, dx)``. ``g`` and ``W_dec`` come together (absent: the code
-was not decoded), so do ``x`` and ``W_enc`` (absent: not encoded). dW_dec, dW_enc (F, D) and dx (N, D) have the dtypes
-of W_dec, W_enc and x, db_enc (F,) W_enc's, dvalues (N, K) that of values and 0 in unused slots; what is not needed has
-shape (0,), db_enc goes with dW_enc, dvalues is always there. Gradients may have any strides.
+need_dW_enc, need_dx, inverse_norms?) -> (dW_dec, dW_enc, db_enc, dvalues, dx)``. ``g`` and ``W_dec`` come together
+(absent: the code was not decoded), so do ``x`` and ``W_enc`` (absent: not encoded). dW_dec, dW_enc (F, D) and dx (N, D)
+have the dtypes of W_dec, W_enc and x, db_enc (F,) W_enc's, dvalues (N, K) that of values and 0 in unused slots; what is
+not needed has shape (0,), db_enc goes with dW_enc, dvalues is always there. Gradients may have any strides.
+``inverse_norms`` (F,), where given, are the s_j: on a GPU they save reading W_dec once more; the compiled core makes
+them as it goes.
 
 >>> values, indices = torch.tensor([[2.0], [1.0]]), torch.tensor([[1], [1]])
 >>> g, W_dec = torch.tensor([[1.0, 0.0], [0.0, 3.0]]), torch.tensor([[1.0, 0.0], [0.0, 2.0]])
@@ -30,7 +32,7 @@ from torch import Tensor
 from e2e_fast.kernels._checks import accumulator, check_indices
 from e2e_fast.kernels._gemm import row_chunks
 from e2e_fast.kernels._native import array, empty, native
-from e2e_fast.kernels.decode import gather, inverse_norms
+from e2e_fast.kernels.decode import gather, row_inverse_norms
 from e2e_fast.kernels.reference import NORM_EPS
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -49,11 +51,12 @@ def code_backward(
     need_dW_dec: bool,
     need_dW_enc: bool,
     need_dx: bool,
+    inverse_norms: Tensor | None = None,
 ) -> Gradients:
     """See the module's text."""
     job = (values, indices, dvalues, g, W_dec, x, W_enc, normalize, need_dW_dec, need_dW_enc, need_dx)
     core = native() if accumulator(values, W_dec, W_enc) == torch.float32 else None
-    return _torch_backward(*job) if core is None else _native_backward(core, *job)
+    return _torch_backward(*job, inverse_norms) if core is None else _native_backward(core, *job)
 
 
 def _native_backward(
@@ -81,7 +84,7 @@ def _native_backward(
 
 
 def _torch_backward(
-    values, indices, dvalues, g, W_dec, x, W_enc, normalize, need_dW_dec, need_dW_enc, need_dx
+    values, indices, dvalues, g, W_dec, x, W_enc, normalize, need_dW_dec, need_dW_enc, need_dx, inverse_norms
 ) -> Gradients:
     """The sweep in torch: gathers and index_add_, a chunk of tokens at a time."""
     used = ~(values <= 0)
@@ -91,7 +94,10 @@ def _torch_backward(
     dW_dec, dW_enc, db_enc, dx = (values.new_empty(0) for _ in range(4))
     if g is not None and W_dec is not None:
         check_indices(indices, W_dec.shape[0])
-        dW_dec = _decoder(f, indices, dv, g, W_dec, normalize, need_dW_dec)
+        scale = f.new_ones(W_dec.shape[0])
+        if normalize:
+            scale = (row_inverse_norms(W_dec) if inverse_norms is None else inverse_norms).to(f.dtype)
+        dW_dec = _decoder(f, indices, dv, g, W_dec, scale, normalize, need_dW_dec)
     dv = torch.where(used, dv, 0)
     if x is not None and W_enc is not None:
         check_indices(indices, W_enc.shape[0])
@@ -105,9 +111,10 @@ def _torch_backward(
     return dW_dec, dW_enc, db_enc, dv.to(values.dtype), dx
 
 
-def _decoder(f: Tensor, indices: Tensor, dv: Tensor, g: Tensor, W_dec: Tensor, normalize: bool, need: bool) -> Tensor:
+def _decoder(
+    f: Tensor, indices: Tensor, dv: Tensor, g: Tensor, W_dec: Tensor, scale: Tensor, normalize: bool, need: bool
+) -> Tensor:
     """dW_dec, or shape (0,) when not needed; adds ``g_n · u_j`` to ``dv`` in place."""
-    scale = inverse_norms(W_dec).to(f.dtype) if normalize else f.new_ones(W_dec.shape[0])
     for rows in row_chunks(f.shape[0], 4 * f.shape[1] * W_dec.shape[1], multiple=1):
         rows_of_w = W_dec[indices[rows]].to(f.dtype)
         dv[rows] += (rows_of_w * g[rows].to(f.dtype)[:, None, :]).sum(-1) * scale[indices[rows]]
@@ -136,8 +143,27 @@ def tangent(a: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return a.sub_(along[:, None] * weight).mul_(scale[:, None])
 
 
+def silent_gradients(
+    values: Tensor,
+    indices: Tensor,
+    band: Tensor,
+    dvalues: Tensor | None,
+    g: Tensor | None,
+    W_dec: Tensor,
+    normalize: bool,
+    inverse_norms: Tensor | None,
+) -> Tensor:
+    """``g_n · u_j + dvalues`` in the slots of a JumpReLU code's band that hold no value, 0 in all others: (N, K)."""
+    silent = band & (values <= 0)
+    if g is None:
+        return torch.zeros_like(values) if dvalues is None else torch.where(silent, dvalues, 0)
+    return torch.ops.e2e_fast.code_backward(
+        silent.to(values.dtype), indices, dvalues, g, W_dec, None, None, normalize, False, False, False, inverse_norms
+    )[3]
+
+
 @code_backward.register_fake
-def _(values, indices, dvalues, g, W_dec, x, W_enc, normalize, need_dW_dec, need_dW_enc, need_dx):
+def _(values, indices, dvalues, g, W_dec, x, W_enc, normalize, need_dW_dec, need_dW_enc, need_dx, inverse_norms=None):
     return (
         W_dec.new_empty(W_dec.shape) if need_dW_dec else values.new_empty(0),
         W_enc.new_empty(W_enc.shape) if need_dW_enc else values.new_empty(0),
@@ -148,7 +174,9 @@ def _(values, indices, dvalues, g, W_dec, x, W_enc, normalize, need_dW_dec, need
 
 
 @code_backward.register_kernel("cuda")
-def _(values, indices, dvalues, g, W_dec, x, W_enc, normalize, need_dW_dec, need_dW_enc, need_dx):
+def _(values, indices, dvalues, g, W_dec, x, W_enc, normalize, need_dW_dec, need_dW_enc, need_dx, inverse_norms=None):
     from e2e_fast.kernels.triton.autoencode import code_backward as launch
 
-    return launch(values, indices, dvalues, g, W_dec, x, W_enc, normalize, need_dW_dec, need_dW_enc, need_dx)
+    return launch(
+        values, indices, dvalues, g, W_dec, x, W_enc, normalize, need_dW_dec, need_dW_enc, need_dx, inverse_norms
+    )

@@ -2,7 +2,9 @@
 
 Shapes: N tokens, D = d_in, F = d_sae, K slots, V vocabulary. Weights are ``[F, D]``, both of them.
 
-    encode   c = relu(x W_encᵀ + b_enc)                    encode_relu; encode_topk keeps the k largest
+    encode   c = relu(x W_encᵀ + b_enc)                    encode_relu; encode_topk keeps the k largest of a token,
+                                                           encode_batch_topk the k·N largest of the batch,
+                                                           encode_jump_relu those above a threshold a feature
     decode   x̂ = Σ_j c_j · W_dec[j] / ‖W_dec[j]‖ + b_dec   decoder-normalised; gradients see the normalisation
     KL       mean_n Σ_v p_t(v) (log p_t(v) - log p_s(v))   p = softmax(h W_Uᵀ + b_U); t teacher, s student
 
@@ -19,7 +21,10 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from e2e_fast.kernels.sparse_code import SparseCode
+from e2e_fast.kernels.sparse_code import JumpCode, SparseCode, compacted
+
+BANDWIDTH = 1e-3
+"""Width of the rectangle under JumpReLU's straight-through gradients (Rajamanoharan et al. 2024: 0.001)."""
 
 NORM_EPS = 1e-12
 """Rows shorter than this are divided by it instead of by their norm, as in ``torch.nn.functional.normalize``."""
@@ -45,14 +50,66 @@ def encode_topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> Spars
     return _relu_code(values[:, :k], indices[:, :k])
 
 
-def decode(code: SparseCode, weight: Tensor, bias: Tensor | None = None, *, normalize: bool = True) -> Tensor:
+def encode_batch_topk(
+    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, capacity: int | None = None
+) -> SparseCode:
+    """The k·N largest positive entries of the whole of ``x @ weight.T + bias``, each row's in ascending order.
+
+    x (N, D), weight (F, D), bias (F,); a token keeps k features on average (Bussmann et al. 2024, arXiv 2412.06410).
+    Entries equal to the smallest kept one are all kept, so ties can add to k·N. ``capacity`` as in `encode_relu`.
+    """
+    check_k(k, weight.shape[0])
+    z = nnf.linear(x, weight, bias)
+    positive = z[~(z <= 0)]
+    if positive.numel() > k * x.shape[0]:
+        smallest = torch.topk(positive, k * x.shape[0]).values[-1]
+        z = torch.where(z < smallest, 0, z)
+    return SparseCode.from_dense(torch.relu(z), capacity)
+
+
+def encode_jump_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    threshold: Tensor,
+    bandwidth: float = BANDWIDTH,
+    capacity: int | None = None,
+) -> JumpCode:
+    """``z * (z > threshold)`` for ``z = x @ weight.T + bias``: a jump at each feature's own threshold θ.
+
+    x (N, D), weight (F, D), bias and threshold (F,); a threshold below 0 counts as 0. The value jumps at θ, so its true
+    derivative in θ is 0 almost everywhere; the straight-through one is the derivative of the *expected* value, its
+    density at θ estimated by a rectangle of width ε = ``bandwidth`` (Rajamanoharan et al. 2024, arXiv 2407.14435):
+
+        ∂c/∂θ = -θ/ε  and  ∂L0/∂θ = -1/ε   where |z - θ| < ε/2 and z > 0, else 0
+
+    ``bandwidth=0`` gives no gradient to θ. ``capacity`` as in `encode_relu`; slots of the band count.
+    """
+    z = nnf.linear(x, weight, bias)
+    active = ~((z <= threshold) | (z <= 0))
+    band = ((z - threshold).abs() < bandwidth / 2) & (z > 0)
+    # Zero, but not its gradient: 1/ε within the band.
+    pull = torch.where(band, threshold - threshold.detach(), 0) * (1 / bandwidth if bandwidth else 0.0)
+    c = torch.where(active, z, 0) - threshold.detach() * pull
+    indices, used, kept = compacted(active | band, capacity)
+    count = torch.where(kept > indices.shape[1], kept, active.sum(-1))
+    values = torch.where(used, c.gather(1, indices), 0)
+    return JumpCode(values, indices, count, count - pull.sum(-1), band.gather(1, indices) & used)
+
+
+def decode(
+    code: SparseCode | JumpCode, weight: Tensor, bias: Tensor | None = None, *, normalize: bool = True
+) -> Tensor:
     """Weighted sum of dictionary rows: ``(values[..., None] * unit(weight)[indices]).sum(-2) + bias``.
 
     code.values, code.indices (N, K); weight (F, D), rows need not be unit; returns (N, D). With ``normalize`` the
     gradient of a row is its tangent projection divided by the row's norm (Braun et al. 2024, App. D).
     """
     rows = nnf.normalize(weight, dim=-1, eps=NORM_EPS) if normalize else weight
-    values = torch.where(code.values <= 0, 0, code.values)
+    live = ~(code.values <= 0)
+    if isinstance(code, JumpCode):
+        live = live | code.band
+    values = torch.where(live, code.values, 0)
     out = (values[..., None] * rows[code.indices.long()]).sum(-2)
     return out if bias is None else out + bias
 
@@ -65,15 +122,25 @@ def autoencode(
     b_dec: Tensor | None,
     *,
     k: int | None = None,
+    batch: bool = False,
+    threshold: Tensor | None = None,
+    bandwidth: float = BANDWIDTH,
     capacity: int | None = None,
     normalize: bool = True,
-) -> tuple[Tensor, SparseCode]:
-    """A whole SAE: ``decode(encode(x))`` and the code; TopK when ``k`` is given, else ReLU.
+) -> tuple[Tensor, SparseCode | JumpCode]:
+    """A whole SAE: ``decode(encode(x))`` and the code; ReLU unless ``k`` or ``threshold`` is given.
 
-    The fused operator differs from the composition only in its backward: one pass over the transposed code yields
-    dW_dec, dW_enc, db_enc and dvalues.
+    ``k``: TopK, or with ``batch`` BatchTopK; ``threshold``: JumpReLU, whose code is a `JumpCode`. The fused operator
+    differs from the composition only in its backward: one pass over the transposed code yields dW_dec, dW_enc, db_enc
+    and dvalues.
     """
-    code = encode_relu(x, W_enc, b_enc, capacity) if k is None else encode_topk(x, W_enc, b_enc, k)
+    check_activation(k, batch, threshold)
+    if threshold is not None:
+        code = encode_jump_relu(x, W_enc, b_enc, threshold, bandwidth, capacity)
+    elif k is None:
+        code = encode_relu(x, W_enc, b_enc, capacity)
+    else:
+        code = encode_batch_topk(x, W_enc, b_enc, k, capacity) if batch else encode_topk(x, W_enc, b_enc, k)
     return decode(code, W_dec, b_dec, normalize=normalize), code
 
 
@@ -107,3 +174,11 @@ def check_k(k: int, d_sae: int) -> None:
     """Raises ValueError unless 1 ≤ k ≤ d_sae."""
     if not 1 <= k <= d_sae:
         raise ValueError(f"k must lie in [1, {d_sae}] (the number of features), got {k}")
+
+
+def check_activation(k: int | None, batch: bool, threshold: Tensor | None) -> None:
+    """Raises ValueError unless these arguments of `autoencode` name one activation."""
+    if k is not None and threshold is not None:
+        raise ValueError("k (TopK) and threshold (JumpReLU) exclude each other, got both")
+    if batch and k is None:
+        raise ValueError("batch (BatchTopK) needs k, got None")

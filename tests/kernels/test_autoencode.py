@@ -19,17 +19,22 @@ def parameters(dtype=torch.float32, bias=0.0):
 
 
 def run(module, arguments, dtype, **options):
-    """x_hat, the dense code and all five gradients of a loss that uses both outputs."""
+    """x_hat, the dense code and the gradients of a loss that uses all outputs."""
     leaves = [t.to(dtype).detach().requires_grad_() for t in arguments]
-    x_hat, code = module.autoencode(*leaves, **options)
+    jump = {"threshold": leaves[5]} if len(leaves) > 5 else {}
+    x_hat, code = module.autoencode(*leaves[:5], **jump, **options)
     mix = torch.linspace(-1, 1, D, dtype=dtype)
     loss = (x_hat * mix).sum() + (x_hat - 1).square().sum() + 0.3 * code.values.sum()
+    if jump:
+        loss = loss + (code.l0 * torch.linspace(0, 2, N)).sum()
     return x_hat.detach(), code.to_dense(F).detach(), *torch.autograd.grad(loss, leaves)
 
 
-NAMES = ("x_hat", "code", "dx", "dW_enc", "db_enc", "dW_dec", "db_dec")
+NAMES = ("x_hat", "code", "dx", "dW_enc", "db_enc", "dW_dec", "db_dec", "dthreshold")
 WAYS = {
     "topk": ({"k": 7}, 0.0),
+    "batch topk": ({"k": 7, "batch": True}, 0.0),
+    "batch topk with capacity, not normalised": ({"k": 7, "batch": True, "capacity": 40, "normalize": False}, 0.0),
     "relu with capacity": ({"capacity": 400}, 0.0),
     "relu, dense by itself": ({}, 0.0),
     "relu, sparse by itself": ({}, -3.5),
@@ -44,8 +49,89 @@ def test_outputs_and_all_gradients_match_float64(route, way, dtype):
     options, bias = WAYS[way]
     arguments = parameters(dtype, bias)
     exact, naive = run(reference, arguments, torch.float64, **options), run(reference, arguments, dtype, **options)
-    for what, a, n, e in zip(NAMES, run(kernels, arguments, dtype, **options), naive, exact, strict=True):
+    for what, a, n, e in zip(NAMES, run(kernels, arguments, dtype, **options), naive, exact, strict=False):
         assert_as_accurate(what, a, n, e)
+
+
+JUMPS: dict[str, tuple[dict[str, Any], float]] = {
+    "with capacity": ({"capacity": 400}, 0.0),
+    "dense by itself": ({}, 0.0),
+    "sparse by itself": ({}, -3.0),
+    "sparse, not normalised": ({"normalize": False}, -3.0),
+    "dense, not normalised": ({"normalize": False}, 0.0),
+    "no straight-through gradient": ({"bandwidth": 0.0}, -3.0),
+}
+
+
+@pytest.mark.parametrize("way", JUMPS)
+def test_jump_relu_and_the_gradients_of_its_thresholds_match_float64(route, way):
+    options, bias = JUMPS[way]
+    arguments = [*parameters(bias=bias), 0.3 + 0.4 * torch.rand(F)]
+    options = {"bandwidth": 0.3, **options}
+    exact, naive = (
+        run(reference, arguments, torch.float64, **options),
+        run(reference, arguments, torch.float32, **options),
+    )
+    for what, a, n, e in zip(NAMES, run(kernels, arguments, torch.float32, **options), naive, exact, strict=True):
+        assert_as_accurate(what, a, n, e)
+    assert bool(exact[-1].any()) == bool(options["bandwidth"])
+
+
+def test_jump_relu_of_bfloat16_compares_float32_scores(route):
+    """Scores near 1, thresholds a thousandth apart: of bfloat16 scores and thresholds most would fall together."""
+    x, W_enc = torch.ones(N, 1).bfloat16(), torch.linspace(0.9, 1.1, F)[:, None].bfloat16()
+    threshold = torch.linspace(0.9, 1.1, F)
+    for density in (True, False):
+        controller = DensityController(F)
+        controller.sparse = density
+        _, code = kernels.autoencode(
+            x, W_enc, None, W_enc, None, threshold=threshold, bandwidth=1e-3, density=controller
+        )
+        assert isinstance(code, kernels.JumpCode)
+        expected = W_enc[:, 0].float() > threshold
+        assert code.to_dense(F)[0].bool().equal(expected)
+        assert torch.equal(code.count, torch.full((N,), int(expected.sum()), dtype=torch.int32))
+        band = torch.zeros(F, dtype=torch.bool)
+        band[code.indices[0].long()[code.band[0]]] = True
+        assert torch.equal(band, (W_enc[:, 0].float() - threshold).abs() < 0.5e-3)
+
+
+def test_jump_relu_dense_and_sparse_steps_are_one_function(route):
+    arguments, threshold = parameters(bias=-1.0), 0.2 + torch.rand(F)
+    results = []
+    for sparse in (False, True):
+        density = DensityController(F)
+        density.sparse = sparse
+        leaves = [t.clone().requires_grad_() for t in (*arguments, threshold)]
+        x_hat, code = kernels.autoencode(*leaves[:5], threshold=leaves[5], bandwidth=0.2, density=density)
+        assert isinstance(code, kernels.JumpCode)
+        assert code.values.shape[1] == F if not sparse else code.values.shape[1] < F
+        loss = x_hat.square().sum() + code.l0.sum()
+        results.append((x_hat, code.to_dense(F), code.count, code.l0, *torch.autograd.grad(loss, leaves)))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+def test_a_loss_on_the_l0_alone_reaches_the_thresholds_alone(route):
+    for bias in (0.0, -3.0):
+        leaves = [t.requires_grad_() for t in (*parameters(bias=bias), torch.full((F,), 0.3))]
+        _, code = kernels.autoencode(*leaves[:5], threshold=leaves[5], bandwidth=0.1)
+        assert isinstance(code, kernels.JumpCode)
+        gradients = torch.autograd.grad(code.l0.sum(), leaves, allow_unused=True)
+        assert all(gradient is None for gradient in gradients[:5])
+        assert (gradients[5] < 0).any()
+
+
+def test_inverse_norms_that_are_known_are_used(route):
+    x, W_enc, b_enc, W_dec, b_dec = parameters(torch.float64)
+    norms = W_dec.norm(dim=-1).reciprocal()
+    ways: list[dict[str, Any]] = [{"k": 3}, {}, {"capacity": F}, {"threshold": torch.full((F,), 0.2).double()}]
+    for options in ways:
+        results = []
+        for given in (None, norms):
+            W = W_dec.clone().requires_grad_()
+            x_hat, _ = kernels.autoencode(x, W_enc, b_enc, W, b_dec, inverse_norms=given, **options)
+            results.append((x_hat, torch.autograd.grad(x_hat.square().sum(), W)))
+        torch.testing.assert_close(*results)
 
 
 def test_dense_and_sparse_steps_are_one_function(route):
@@ -94,7 +180,9 @@ def test_controller_needs_room_for_at_least_one_feature():
 
 def test_no_tokens_train_nothing(route):
     x, *rest = parameters()
-    for options in ({"k": 3}, {}, {"capacity": 4}):
+    ways: list[dict[str, Any]] = [{"k": 3}, {}, {"capacity": 4}, {"k": 3, "batch": True}]
+    ways += [{"threshold": torch.ones(F)}, {"threshold": torch.ones(F), "capacity": 4}]
+    for options in ways:
         leaves = [t.clone().requires_grad_() for t in rest]
         x_hat, _ = kernels.autoencode(x[:0], *leaves, **options)
         assert x_hat.shape == (0, D)
@@ -136,7 +224,10 @@ def test_a_loss_on_the_code_alone_leaves_the_decoder_alone(route):
 def test_float64_inputs_pass_gradcheck(route):
     torch.manual_seed(1)
     leaves = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 4), (9, 4), (9,), (9, 4), (4,))]
-    for options in ({"k": 3}, {}, {"capacity": 9}):
+    # Within a bandwidth of 0 the straight-through gradient is the true one: none.
+    jump = {"threshold": torch.linspace(0.1, 0.5, 9).double(), "bandwidth": 0.0}
+    ways: list[dict[str, Any]] = [{"k": 3}, {}, {"capacity": 9}, {"k": 3, "batch": True}, jump, {**jump, "capacity": 9}]
+    for options in ways:
         assert torch.autograd.gradcheck(lambda *p, o=options: kernels.autoencode(*p, **o)[0], leaves)
 
 
@@ -154,6 +245,22 @@ def test_bad_shapes_are_refused_by_name(change: Callable[..., Any], message):
         kernels.autoencode(*change(parameters()), k=3)
     with pytest.raises(ValueError, match=r"k must lie in \[1, 640\]"):
         kernels.autoencode(*parameters(), k=641)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 3, "threshold": torch.ones(F)}, "exclude each other"),
+        ({"batch": True}, r"batch \(BatchTopK\) needs k"),
+        ({"threshold": torch.ones(F - 1)}, r"threshold must have shape \(640,\), got \(639,\)"),
+        ({"threshold": torch.ones(F), "bandwidth": -1.0}, "bandwidth must be finite and at least 0, got -1.0"),
+        ({"capacity": -2}, "capacity must be at least 0 slots, got -2"),
+    ],
+)
+def test_arguments_that_name_no_activation_are_refused(options, message):
+    for module in (kernels, reference) if "exclude" in message or "needs" in message else (kernels,):
+        with pytest.raises(ValueError, match=message):
+            module.autoencode(*parameters(), **options)
 
 
 @pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])

@@ -24,21 +24,59 @@ def operator_calls() -> dict[str, tuple]:
     op = torch.ops.e2e_fast
     values, indices, _ = (t.detach() for t in op.encode_topk(x, W_enc, b_enc, 3))
     plain = [t.detach() for t in (x, W_enc, W_dec)]
+    theta = (0.3 * torch.rand(F, dtype=torch.float64)).requires_grad_()
+    jump = tuple(t.detach() for t in op.encode_jump_relu(x, W_enc, b_enc, theta, 0.5, -1))
+    norms = plain[2].norm(dim=-1).reciprocal()
+    c = leaf(N, F).detach().relu_()
     return {
         "encode_topk": (op.encode_topk, (x, W_enc, b_enc, 3)),
         "encode_relu[capacity]": (op.encode_relu, (x, W_enc, b_enc, 5)),
         "encode_relu[fullest row]": (op.encode_relu, (x, W_enc, None, -1)),
+        "encode_batch_topk[capacity]": (op.encode_batch_topk, (x, W_enc, b_enc, 3, 5)),
+        "encode_batch_topk[fullest row]": (op.encode_batch_topk, (x, W_enc, None, 3, -1)),
+        "encode_jump_relu[capacity]": (op.encode_jump_relu, (x, W_enc, b_enc, theta, 0.5, 9)),
+        "encode_jump_relu[fullest row]": (op.encode_jump_relu, (x, W_enc, None, theta, 0.5, -1)),
+        "decode[band, norms]": (
+            op.decode,
+            (jump[0].clone().requires_grad_(), jump[1], W_dec, b_dec, True, jump[4], norms),
+        ),
         "decode": (op.decode, (values.clone().requires_grad_(), indices, W_dec, b_dec, True)),
         "autoencode[topk]": (op.autoencode, (x, W_enc, b_enc, W_dec, b_dec, 3, -1, True)),
         "autoencode[relu]": (op.autoencode, (x, W_enc, b_enc, W_dec, b_dec, 0, -1, True)),
-        "autoencode_dense": (op.autoencode_dense, (x, W_enc, b_enc, W_dec, b_dec, True)),
+        "autoencode[batch topk]": (op.autoencode, (x, W_enc, b_enc, W_dec, b_dec, 3, -1, True, True, norms)),
+        "autoencode_jump": (op.autoencode_jump, (x, W_enc, b_enc, W_dec, b_dec, theta, 0.5, -1, True)),
+        "autoencode_dense": (op.autoencode_dense, (x, W_enc, b_enc, W_dec, b_dec, True, None, 0.0, None)),
+        "autoencode_dense[jump]": (op.autoencode_dense, (x, W_enc, b_enc, W_dec, b_dec, True, theta, 0.5, norms)),
         "code_backward": (
             op.code_backward,
             (values, indices, values, plain[0], plain[2], plain[0], plain[1], True, True, True, True),
         ),
+        "code_backward[norms]": (
+            op.code_backward,
+            (values, indices, None, plain[0], plain[2], None, None, True, True, False, False, norms),
+        ),
         "autoencode_dense_backward": (
             op.autoencode_dense_backward,
-            (leaf(N, F).detach().relu_(), None, *plain[:1], plain[2], plain[0], plain[1], True, True, True, True),
+            (c, None, *plain[:1], plain[2], *plain[:2], True, True, True, True, None, None, None, 0.0, None),
+        ),
+        "autoencode_dense_backward[jump]": (
+            op.autoencode_dense_backward,
+            (
+                c,
+                c,
+                *plain[:1],
+                plain[2],
+                *plain[:2],
+                True,
+                True,
+                True,
+                True,
+                theta.detach(),
+                c > 0.5,
+                c[:, 0],
+                0.5,
+                norms,
+            ),
         ),
         "linear_kl": (op.linear_kl, (x, teacher, unembed, bias, 2.0, True)),
         "linear_kl[no gradient]": (op.linear_kl, (x.detach(), teacher, unembed, None, None, False)),
