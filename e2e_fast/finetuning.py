@@ -118,14 +118,12 @@ def _config(
 
 
 def _is_run(path: str | Path) -> bool:
-    """Whether a path is a run with the configuration of its training, all of whose SAEs are meant."""
-    place, name = formats.split_name(path)
-    if not place.exists():
-        return True  # whose reader says that it is not there
-    if name is not None or formats.detect(place) != e2e_sae.NAME:
-        return False
+    """Whether a path is a run with the configuration of its training, or nothing at all, which a run's reader says."""
+    place, _ = formats.split_name(path)
+    if not formats.is_run(path):
+        return not place.exists()
     config = (place if place.is_dir() else place.parent) / e2e_sae.SETTINGS
-    return config.is_file() and "loss" in (yaml.safe_load(config.read_text()) or {})
+    return "loss" in (yaml.safe_load(config.read_text()) or {})
 
 
 def _of_run(path: Path, lm: Any) -> _Source:

@@ -201,6 +201,34 @@ def test_input_scales_are_folded(file: Path, scale: float) -> None:
         same_function(sae, sae.arranged(decoder="unit"))
 
 
+def test_saes_of_ours_compute_the_same(file: Path, tmp_path: Path) -> None:
+    stored = double(formats.read(file))
+    if stored.k is not None and stored.k != int(stored.k):
+        with pytest.raises(ValueError, match="k must be whole, got 2.5"):
+            stored.to_sae()
+        return
+    sae = stored.to_sae().eval()
+    assert sae.W_enc.dtype == torch.float64
+    assert sae.normalize_decoder == stored.can_be_unit()
+    same_function(stored, lambda x: sae(x).output.detach())
+    same_function(stored, lambda x: sae.decode(sae.encode(x)).detach())
+    raw = stored.to_sae(normalize_decoder=False).eval()
+    same_function(stored, lambda x: raw(x).output.detach())
+    # And back.
+    again = StoredSAE.of(sae, **PLACE)
+    same_function(stored, again)
+    assert again.activation == stored.activation
+
+
+def test_thresholds_that_let_everything_through_stay_finite() -> None:
+    threshold = torch.tensor([0.5] * 10 + [-1.0] * 5 + [0.0] * 5, dtype=torch.float64)
+    made = [random(*shape, seed=i, dtype=torch.float64) for i, shape in enumerate(((F, D), (F,), (F, D), (D,)))]
+    stored = StoredSAE(*made, activation="jump_relu", threshold=threshold)
+    sae = stored.to_sae()
+    assert torch.isfinite(sae.log_threshold).all()
+    same_function(stored, lambda x: sae(x).output.detach())
+
+
 CANNOT = {
     ("sparsify", "relu"): "knows top-k SAEs alone",
     ("sparsify", "jump_relu"): "knows top-k SAEs alone",

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import e2e_fast
 from e2e_fast import formats
 from e2e_fast.formats import StoredSAE
 
@@ -241,3 +242,43 @@ def test_sparsify_files_are_read_and_what_we_write_is_loaded(tmp_path: Path, mon
     check(reconstruct(sparsify.SparseCoder.load_from_disk(folder)), ours)
     back = formats.write(formats.adapt(ours, "sparsify", read), tmp_path / "back")
     check(reconstruct(sparsify.SparseCoder.load_from_disk(back)), ours)
+
+
+# ---------------------------------------------------------------------------------------------- after a fine-tune of ours
+
+
+def load(format: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The SAE of a folder, loaded and run by its library."""
+    if format == "sae_lens":
+        return library("sae_lens", monkeypatch).SAE.load_from_disk(folder)
+    if format == "dictionary_learning":
+        library("dictionary_learning", monkeypatch)
+        return load_dictionary(folder)
+    coder = library("sparsify", monkeypatch).SparseCoder.load_from_disk(folder)
+    return lambda x: coder(x).sae_out
+
+
+@pytest.mark.parametrize(
+    ("format", "activation"),
+    [
+        ("sae_lens", "relu"), ("sae_lens", "topk"), ("sae_lens", "jump_relu"), ("dictionary_learning", "relu"),
+        ("dictionary_learning", "topk"), ("dictionary_learning", "batch_topk"), ("dictionary_learning", "jump_relu"),
+        ("sparsify", "topk"),
+    ],
+)  # fmt: skip
+def test_what_finetune_writes_is_loaded_and_computes_the_same(
+    format: str, activation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library(format, monkeypatch)
+    import transformers
+
+    size = {"n_layer": 3, "n_embd": D, "n_head": 2, "n_positions": 8, "vocab_size": 40}
+    config = transformers.GPT2Config(**size, bos_token_id=0, eos_token_id=0)
+    file = formats.write(stored(activation), tmp_path / "layers.1", format)
+    run = e2e_fast.finetune(
+        file, samples=32, lr=1e-2, tokens=torch.randint(40, (32, 8)), lm=transformers.GPT2LMHeadModel(config),
+        sparsity=0.01, quiet=True,
+    )  # fmt: skip
+    assert run.folder is not None
+    ours = next(iter(run.model.by_position.values())).eval()
+    check(load(format, run.folder, monkeypatch), lambda x: ours(x).output)

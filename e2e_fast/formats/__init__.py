@@ -26,7 +26,7 @@ from e2e_fast.formats.stored import StoredSAE
 FORMATS = ("sae_lens", "sparsify", "e2e_sae", "dictionary_learning")
 """Each a module here, with ``detects``, ``read``, ``adapt`` and ``write``; `detect` tries them in this order."""
 
-__all__ = ["FORMATS", "StoredSAE", "adapt", "detect", "module", "read", "write"]
+__all__ = ["FORMATS", "StoredSAE", "adapt", "detect", "is_run", "module", "read", "write"]
 
 
 def detect(path: str | Path) -> str:
@@ -44,6 +44,15 @@ def detect(path: str | Path) -> str:
         f"{place} is no SAE of a known format: expected sae_weights.safetensors (sae_lens), sae.safetensors "
         "(sparsify), final_config.yaml with samples_N weights (e2e_sae) or ae.pt (dictionary_learning)"
     )
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether a path is a whole run of ours or of e2e_sae (or one of its weight files), with its configuration."""
+    place, name = split_name(path)
+    folder = place if place.is_dir() else place.parent
+    if name is not None or not place.exists() or not (folder / "final_config.yaml").is_file():
+        return False
+    return not any(module(format).detects(place) for format in FORMATS if format != "e2e_sae")
 
 
 def read(path: str | Path) -> StoredSAE:
