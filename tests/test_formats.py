@@ -1,6 +1,7 @@
 """Files of other libraries: nothing is lost on the way, the function stays the same, and what cannot be is refused."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from e2e_fast import formats
+from e2e_fast import cli, formats
+from e2e_fast.compare import read_dictionary
 from e2e_fast.formats import StoredSAE, dictionary_learning
 from e2e_fast.lm import load_lm
 
@@ -444,6 +446,66 @@ def test_selections_of_the_largest_keep_rows_of_unequal_norm(tmp_path: Path) -> 
     assert not sae.can_be_unit()
     with pytest.raises(ValueError, match="would change which features topk selects"):
         sae.arranged(decoder="unit")
+
+
+# --------------------------------------------------------------------------------------------------- the command line
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["e2e-fast", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    return int(exit_.value.code or 0)
+
+
+def test_convert_writes_another_librarys_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = run(tmp_path / "ours", "blocks.1.hook_resid_pre", k=K), tmp_path / "theirs"
+    assert command(monkeypatch, "convert", source, target, "--to", "sparsify", "--model", "gpt2") == 0
+    said = capsys.readouterr().out
+    assert f"e2e_sae → sparsify: topk, {F} features of width {D}, in {target}" in said
+    assert "trained on centred activations" in said
+    converted = formats.read(target)
+    assert (converted.position, converted.model) == ("blocks.1.hook_resid_pre", "gpt2")
+    same_function(double(formats.read(source)), double(converted))
+
+
+def test_convert_can_tell_a_file_where_it_sits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    about = {"sae_lens_version": "6.0.0", "hook_name": "blocks.0.hook_mlp_out", "context_size": 128}
+    source = lens(tmp_path / "source", metadata=about, mystery=1)
+    place = ["--position", "blocks.1.hook_mlp_out", "--lm-processing", "none"]
+    assert command(monkeypatch, "convert", source, tmp_path / "copy", "--to", "sae_lens", *place) == 0
+    copy = formats.read(tmp_path / "copy")
+    assert (copy.position, copy.lm_processing) == ("blocks.1.hook_mlp_out", "none")
+    assert (copy.metadata["mystery"], copy.metadata["metadata"]["context_size"]) == (1, 128)
+    assert torch.equal(copy.W_enc, formats.read(source).W_enc)
+
+
+def test_convert_ends_with_one_line_and_code_2_when_it_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = lens(tmp_path / "source")
+    two = run(tmp_path / "two", "blocks.1.hook_resid_pre", "blocks.3.hook_mlp_out")
+    for arguments, message in (
+        ((source, tmp_path / "out", "--to", "sparsify"), "sparsify knows top-k SAEs alone, got relu"),
+        ((source, tmp_path / "out", "--to", "saebench"), "format must be one of sae_lens, sparsify"),
+        ((source, source, "--to", "e2e_sae"), "must be a new or empty folder"),
+        ((tmp_path / "no", tmp_path / "out", "--to", "e2e_sae"), "no such file or folder"),
+        ((two, tmp_path / "out", "--to", "sae_lens"), "ask for one as path::name"),
+        ((source, tmp_path / "out", "--to", "e2e_sae", "--lm-processing", "x"), "--lm-processing must be one of"),
+    ):
+        assert command(monkeypatch, "convert", *arguments) == cli.EXIT_BAD_INPUT
+        error = capsys.readouterr().err
+        assert message in error
+        assert len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_matching_reads_every_format(file: Path, tmp_path: Path) -> None:
+    sae = formats.read(file)
+    assert torch.equal(read_dictionary(file), sae.W_dec.float())
+    assert torch.equal(read_dictionary(file, which="encoder"), sae.W_enc.float())
 
 
 # --------------------------------------------------------------------------------- e2e_sae's own language models

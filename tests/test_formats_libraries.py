@@ -244,7 +244,7 @@ def test_sparsify_files_are_read_and_what_we_write_is_loaded(tmp_path: Path, mon
     check(reconstruct(sparsify.SparseCoder.load_from_disk(back)), ours)
 
 
-# ---------------------------------------------------------------------------------------------- after a fine-tune of ours
+# -------------------------------------------------------------------------------------------- after a fine-tune of ours
 
 
 def load(format: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.Tensor], torch.Tensor]:

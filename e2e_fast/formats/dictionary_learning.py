@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from e2e_fast import checkpoint
-from e2e_fast.formats import places
+from e2e_fast.formats import layouts, places
 from e2e_fast.formats.stored import Activation, StoredSAE
 
 NAME = "dictionary_learning"
@@ -82,7 +82,7 @@ def detects(path: Path) -> bool:
         return (path / WEIGHTS).is_file()
     if path.suffix != ".pt":
         return False
-    names = set(checkpoint.load_tensors(path))
+    names = layouts.names(path)
     return "r_mag" in names or any(names.issuperset((*c.names, *c.more)) for c in CLASSES.values())
 
 
@@ -197,7 +197,7 @@ def _config(file: Path) -> dict[str, Any]:
     """The settings beside a weight file, or above ``checkpoints/``; {} where there are none."""
     for folder in (file.parent, file.parent.parent):
         if (folder / SETTINGS).is_file():
-            return json.loads((folder / SETTINGS).read_text())
+            return layouts.load_json(folder / SETTINGS)
     return {}
 
 

@@ -37,6 +37,7 @@ import yaml
 from torch import Tensor
 
 from e2e_fast import checkpoint
+from e2e_fast.formats import layouts
 from e2e_fast.formats.stored import StoredSAE, log_threshold
 from e2e_fast.positions import hyphenated
 
@@ -52,7 +53,7 @@ def detects(path: Path) -> bool:
         return (path / SETTINGS).is_file() and any(checkpoint.WEIGHTS.fullmatch(p.name) for p in path.iterdir())
     if path.suffix not in (".pt", ".safetensors"):
         return False
-    names = set(checkpoint.load_tensors(path))
+    names = layouts.names(path)
     return any(name.endswith(f".{_TENSORS[0]}") for name in names) or (
         names == _HUB_TENSORS and path.with_suffix(".yaml").is_file()
     )

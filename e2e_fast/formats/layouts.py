@@ -19,6 +19,7 @@ Nothing in a ``.pt`` file is executed.
 {'': torch.Size([6, 4])}
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,38 @@ def load(path: Path) -> dict[str, Any]:
             content = content[key]
         return dict(content) if isinstance(content, dict) else {"": content}
     raise ValueError(f"{path} must end in one of {', '.join(SUFFIXES)}")
+
+
+def names(path: Path) -> set[str]:
+    """Names of the tensors of a ``.pt`` or ``.safetensors`` file, without its data.
+
+    Raises checkpoint.CheckpointError for a damaged file or one that holds no tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(path, "pt") as file:
+                return set(file.keys())
+        state = torch.load(path, map_location="meta", weights_only=True)
+        if isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values()):
+            return set(state)
+    except Exception:
+        pass  # the full reader says what is wrong
+    from e2e_fast.checkpoint import load_tensors
+
+    return set(load_tensors(path))
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """The object of a JSON file. Raises ValueError when it holds none."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold an object, got {type(content).__name__}")
+    return content
 
 
 def decoders(tensors: Mapping[str, Any]) -> dict[str, Tensor]:

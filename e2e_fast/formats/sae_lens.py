@@ -19,7 +19,8 @@ for it, so an SAE saw centred ones exactly when that has ``center_writing_weight
 nothing about it.
 
 >>> import tempfile, torch
->>> from e2e_fast.formats.stored import StoredSAE
+>>> from e2e_fast.formats import layouts
+from e2e_fast.formats.stored import StoredSAE
 >>> sae = StoredSAE(torch.eye(3, 2), torch.zeros(3), torch.eye(3, 2), torch.ones(2), activation="topk", k=1)
 >>> folder = write(adapt(sae), Path(tempfile.mkdtemp()))
 >>> sorted(path.name for path in folder.iterdir())
@@ -37,6 +38,7 @@ from torch import Tensor
 
 import e2e_fast
 from e2e_fast import checkpoint
+from e2e_fast.formats import layouts
 from e2e_fast.formats.stored import Activation, StoredSAE
 
 NAME = "sae_lens"
@@ -77,7 +79,7 @@ def read(path: Path) -> StoredSAE:
     settings_file = folder / SETTINGS
     if not settings_file.is_file():
         raise ValueError(f"{folder} must hold {SETTINGS} beside {WEIGHTS}: it says what the SAE computes")
-    cfg: dict[str, Any] = json.loads(settings_file.read_text())
+    cfg = layouts.load_json(settings_file)
     tensors = checkpoint.load_tensors(folder / WEIGHTS)
     architecture, k = _architecture(cfg, folder)
     lacking = [name for name in ("W_enc", "b_enc", "W_dec", "b_dec") if name not in tensors]
@@ -202,7 +204,7 @@ def _normalisation(cfg: dict[str, Any], tensors: dict[str, Tensor], folder: Path
     kind = cfg.get("normalize_activations") or "none"
     if kind is True or kind == "expected_average_only_in":
         scaler = folder / SCALER
-        scale = json.loads(scaler.read_text()).get("scaling_factor") if scaler.is_file() else None
+        scale = layouts.load_json(scaler).get("scaling_factor") if scaler.is_file() else None
         if scale is None:
             return 1.0, (
                 f"{folder} was trained on scaled activations (normalize_activations: {kind!r}), and no {SCALER} beside "
@@ -219,7 +221,7 @@ def _normalisation(cfg: dict[str, Any], tensors: dict[str, Tensor], folder: Path
 
 def _position(about: dict[str, Any]) -> str | None:
     name = about.get("hook_name") or about.get("hook_point")
-    return name.format(layer=about.get("hook_point_layer")) if name else None
+    return name.replace("{layer}", str(about.get("hook_point_layer"))) if name else None
 
 
 def _processing(about: dict[str, Any]) -> str | None:

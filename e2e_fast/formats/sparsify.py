@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from e2e_fast import checkpoint
-from e2e_fast.formats import places
+from e2e_fast.formats import layouts, places
 from e2e_fast.formats.stored import StoredSAE
 
 NAME = "sparsify"
@@ -43,7 +43,7 @@ def read(path: Path) -> StoredSAE:
     folder = path.parent if path.is_file() else path
     if not (folder / SETTINGS).is_file():
         raise ValueError(f"{folder} must hold {SETTINGS} beside {WEIGHTS}: it says how many features are kept")
-    cfg: dict[str, Any] = json.loads((folder / SETTINGS).read_text())
+    cfg = layouts.load_json(folder / SETTINGS)
     tensors = checkpoint.load_tensors(folder / WEIGHTS)
     for key in ("transcode", "skip_connection"):
         if cfg.get(key):
@@ -56,7 +56,7 @@ def read(path: Path) -> StoredSAE:
     run: dict[str, Any] = {}
     for above in (folder.parent, folder.parent.parent):  # seeds lie one folder deeper
         if not run and (above / "config.json").is_file():
-            run = json.loads((above / "config.json").read_text())
+            run = layouts.load_json(above / "config.json")
     ours = cfg.get(places.OUR_KEY, {})
     model = ours.get("model") or run.get("model")
     module = folder.parent.name if folder.name.startswith("seed") else folder.name
@@ -66,7 +66,7 @@ def read(path: Path) -> StoredSAE:
         W_dec=tensors.pop("W_dec"),
         b_dec=tensors.pop("b_dec"),
         activation="topk",
-        k=cfg["k"],
+        k=cfg.get("k"),
         subtract_b_dec=True,
         position=ours.get("position") or places.of_module(module, model),
         model=model,

@@ -26,6 +26,7 @@ tensor([[4., 1.]])
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 
 Activation = Literal["relu", "topk", "batch_topk", "jump_relu"]
 Decoder = Literal["raw", "unit", "rescaled"]
+
+BLOCK = 4096
+"""Rows that are in float64 at a time."""
 
 UNIFORM = 1e-5
 """Rows whose norms differ by no more than this share count as equal: what unit rows lose by rounding to float32."""
@@ -132,7 +136,9 @@ class StoredSAE:
 
     def decode(self, c: Tensor) -> Tensor:
         """Activations (N, D) of codes (N, F)."""
-        W_dec = self.W_dec if self.decoder == "raw" else self.W_dec / row_norms(self.W_dec)[:, None]
+        W_dec = (
+            self.W_dec if self.decoder == "raw" else self.W_dec / row_norms(self.W_dec).to(self.W_dec.dtype)[:, None]
+        )
         return (c @ W_dec + self.b_dec) / self.input_scale
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -213,35 +219,38 @@ class StoredSAE:
             raise ValueError("decoder must be 'raw' or 'unit' (no arrangement needs 'rescaled'), got 'rescaled'")
         decoder = decoder or ("raw" if self.decoder == "raw" else "unit")
         dtype = torch.promote_types(self.W_enc.dtype, torch.float32)
-        W_enc, b_enc, W_dec, b_dec = (t.detach().double() for t in (self.W_enc, self.b_enc, self.W_dec, self.b_dec))
-        threshold = None if self.threshold is None else self.threshold.detach().double()
-        norms, s = row_norms(W_dec), self.input_scale
-
-        if self.subtract_b_dec and not (subtract_b_dec and s == 1 and self.decoder == decoder):
-            b_enc = b_enc - W_enc @ b_dec
+        norms, s = row_norms(self.W_dec), self.input_scale
+        one = torch.ones_like(norms)
+        # Factors, per feature, of the rows of W_enc, of b_enc, of θ and of the rows of W_dec.
+        enc, bias, theta, dec = one, one, one, one
         if self.decoder == "rescaled":
-            scale = W_dec.norm(dim=1)
-            W_enc, b_enc = W_enc * scale[:, None], b_enc * scale
-        if s != 1 and self.decoder == "raw":
-            W_enc, W_dec, norms = W_enc * s, W_dec / s, norms / s
-        elif s != 1:
-            b_enc, threshold = b_enc / s, None if threshold is None else threshold / s
-        b_dec = b_dec / s
+            scale = torch.where(self.W_dec.any(dim=1), norms, 0.0)
+            enc, bias = enc * scale, bias * scale
+        if self.decoder == "raw":
+            enc, dec, norms = enc * s, dec / s, norms / s
+        else:
+            bias, theta = bias / s, theta / s
         if self.decoder == "raw" and decoder == "unit":
             self._check_uniform(norms)
-            W_enc, b_enc = W_enc * norms[:, None], b_enc * norms
-            if threshold is not None:
-                threshold = threshold * (norms.mean() if self.activation == "batch_topk" else norms)
+            enc, bias, theta = enc * norms, bias * norms, theta * norms
         elif self.decoder != "raw" and decoder == "raw":
-            W_dec = W_dec / norms[:, None]
-        if subtract_b_dec and not (self.subtract_b_dec and s == 1 and self.decoder == decoder):
-            b_enc = b_enc + W_enc @ b_dec
+            dec = dec / norms
+
+        # W_enc b_dec enters b_enc with 1/s where it shall be subtracted, and leaves it where it was.
+        share = enc * (subtract_b_dec / s) - bias * self.subtract_b_dec
+        b_enc = self.b_enc.detach().double() * bias
+        if bool(share.any()):
+            b_enc = b_enc + share * _by_blocks(lambda rows: rows @ self.b_dec.detach().double(), self.W_enc)
+        threshold = None if self.threshold is None else self.threshold.detach().double()
+        if threshold is not None:
+            # One threshold stays one: batch top-k meets equal factors alone.
+            threshold = threshold * (theta.mean() if self.activation == "batch_topk" else theta)
         return dataclasses.replace(
             self,
-            W_enc=W_enc.to(dtype),
+            W_enc=_scaled(self.W_enc, enc, dtype),
             b_enc=b_enc.to(dtype),
-            W_dec=W_dec.to(dtype),
-            b_dec=b_dec.to(dtype),
+            W_dec=_scaled(self.W_dec, dec, dtype),
+            b_dec=(self.b_dec.detach().double() / s).to(dtype),
             threshold=None if threshold is None else threshold.to(dtype),
             subtract_b_dec=subtract_b_dec,
             decoder=decoder,
@@ -250,8 +259,7 @@ class StoredSAE:
 
     def can_be_unit(self) -> bool:
         """Whether `arranged` has a decoder="unit" for this SAE."""
-        norms = row_norms(self.W_dec.detach().double())
-        return self.decoder != "raw" or self.activation in ("relu", "jump_relu") or _uniform(norms)
+        return self.decoder != "raw" or self.activation in ("relu", "jump_relu") or _uniform(row_norms(self.W_dec))
 
     def _check_uniform(self, norms: Tensor) -> None:
         if self.activation in ("topk", "batch_topk") and not _uniform(norms):
@@ -272,11 +280,26 @@ def log_threshold(sae: StoredSAE) -> Tensor:
 
 
 def row_norms(W_dec: Tensor) -> Tensor:
-    """[F] norms of the decoder's rows; for a zero row, which contributes nothing, the mean of the others'."""
-    norms = W_dec.norm(dim=1)
+    """[F] norms of the decoder's rows in float64; a zero row, which contributes nothing, has the mean of the others."""
+    norms = _by_blocks(lambda rows: rows.norm(dim=1), W_dec)
     used = norms > 0
     mean = norms.sum() / used.sum() if bool(used.any()) else torch.ones_like(norms[0])
     return torch.where(used, norms, mean)
+
+
+def _by_blocks(function: Callable[[Tensor], Tensor], matrix: Tensor) -> Tensor:
+    """``function`` of a matrix [F, D] in float64, block of rows by block of rows."""
+    return torch.cat([function(rows.double()) for rows in matrix.detach().split(BLOCK)])
+
+
+def _scaled(matrix: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``factor[:, None] * matrix`` in float64, rounded once to ``dtype``; its own bits where every factor is 1."""
+    if bool((factor == 1).all()):
+        return matrix.detach().to(dtype)
+    scaled = torch.empty_like(matrix, dtype=dtype)
+    for rows, of, by in zip(scaled.split(BLOCK), matrix.detach().split(BLOCK), factor.split(BLOCK), strict=True):
+        rows.copy_(of.double() * by[:, None])
+    return scaled
 
 
 def _uniform(norms: Tensor) -> bool:
