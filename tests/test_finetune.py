@@ -177,22 +177,24 @@ def test_what_a_file_leaves_out_is_asked_for(
     bare = replace(stored(source, "relu"), position=None, model=None, lm_processing=None)
     file = formats.write(bare, tmp_path / "bare", "sae_lens")
     given: dict[str, Any] = {"samples": 16, "tokens": tokens, "quiet": True}
-    for more, message in (
+    lacking: list[tuple[dict[str, Any], str]] = [
         ({}, "give position="),
         ({"position": AT}, "names no language model: pass lm="),
         ({"position": AT, "lm": model}, "give lm_processing="),
         ({"position": "blocks.9.hook_resid_pre", "lm": source.model.lm}, "is not in"),
         ({"position": AT, "lm": source.model.lm}, r"sparsity must be given for an SAE without k \(relu\)"),
-    ):
+    ]
+    for more, message in lacking:
         with pytest.raises(ValueError, match=message):
             e2e_fast.finetune(file, **given, **more)
     run = e2e_fast.finetune(file, **given, position=AT, lm=model, lm_processing="transformer_lens", sparsity=0.1)
     assert run.folder is not None
     written = formats.read(run.folder)
     assert (written.position, written.lm_processing) == (AT, "transformer_lens")
-    for more in ({"position": AT}, {"lm_processing": "none"}):
+    given["sparsity"] = 0.1
+    for place in ({"position": AT}, {"lm_processing": "none"}):
         with pytest.raises(ValueError, match="is for files of other libraries"):
-            e2e_fast.finetune(source.model, **given, sparsity=0.1, **more)
+            e2e_fast.finetune(source.model, **(given | place))
 
 
 def test_saes_without_a_file_are_fine_tuned_in_memory(

@@ -272,7 +272,7 @@ def test_what_finetune_writes_is_loaded_and_computes_the_same(
     library(format, monkeypatch)
     import transformers
 
-    size = {"n_layer": 3, "n_embd": D, "n_head": 2, "n_positions": 8, "vocab_size": 40}
+    size: dict[str, Any] = {"n_layer": 3, "n_embd": D, "n_head": 2, "n_positions": 8, "vocab_size": 40}
     config = transformers.GPT2Config(**size, bos_token_id=0, eos_token_id=0)
     file = formats.write(stored(activation), tmp_path / "layers.1", format)
     run = e2e_fast.finetune(

@@ -136,9 +136,9 @@ class StoredSAE:
 
     def decode(self, c: Tensor) -> Tensor:
         """Activations (N, D) of codes (N, F)."""
-        W_dec = (
-            self.W_dec if self.decoder == "raw" else self.W_dec / row_norms(self.W_dec).to(self.W_dec.dtype)[:, None]
-        )
+        W_dec = self.W_dec
+        if self.decoder != "raw":
+            W_dec = W_dec / row_norms(W_dec).to(W_dec.dtype)[:, None]
         return (c @ W_dec + self.b_dec) / self.input_scale
 
     def __call__(self, x: Tensor) -> Tensor:
