@@ -192,9 +192,10 @@ def test_what_a_file_leaves_out_is_asked_for(
     written = formats.read(run.folder)
     assert (written.position, written.lm_processing) == (AT, "transformer_lens")
     given["sparsity"] = 0.1
-    for place in ({"position": AT}, {"lm_processing": "none"}):
+    places: list[dict[str, Any]] = [{"position": AT}, {"lm_processing": "none"}]
+    for place in places:
         with pytest.raises(ValueError, match="is for files of other libraries"):
-            e2e_fast.finetune(source.model, **(given | place))
+            e2e_fast.finetune(source.model, **given, **place)
 
 
 def test_saes_without_a_file_are_fine_tuned_in_memory(

@@ -158,6 +158,8 @@ def adapt(sae: StoredSAE, like: StoredSAE | None = None) -> StoredSAE:
             "first, e.g. to sae_lens, where it is a jumprelu SAE"
         )
     kind = CLASSES[name]
+    if name == "AutoEncoder":  # whose loader would give it unit rows
+        sae = sae.arranged(decoder="unit")
     plain = sae.arranged(subtract_b_dec=kind.subtract_b_dec, decoder="raw")
     threshold = plain.threshold
     extra: dict[str, Tensor] = {}
