@@ -117,11 +117,12 @@ def adapt(sae: StoredSAE, like: StoredSAE | None = None) -> StoredSAE:
             saes[key] = default
     settings["saes"] = saes
     extra: dict[str, Tensor] = {}
+    stem = hyphenated(sae.position)
     if plain.activation == "jump_relu":
-        extra[f"{hyphenated(plain.position)}.log_threshold"] = log_threshold(plain)
+        extra[f"{stem}.log_threshold"] = log_threshold(plain)
     elif plain.activation == "batch_topk":
         threshold = torch.zeros(()) if plain.threshold is None else plain.threshold.clamp(min=0)
-        extra[f"{hyphenated(plain.position)}.running_threshold"] = threshold
+        extra[f"{stem}.running_threshold"] = threshold
     file = "samples_0.pt" if like is None or like.format != NAME else like.metadata["file"]
     return replace(plain, format=NAME, metadata={"settings": settings, "file": file}, extra=extra, files={})
 

@@ -19,8 +19,7 @@ for it, so an SAE saw centred ones exactly when that has ``center_writing_weight
 nothing about it.
 
 >>> import tempfile, torch
->>> from e2e_fast.formats import layouts
-from e2e_fast.formats.stored import StoredSAE
+>>> from e2e_fast.formats.stored import StoredSAE
 >>> sae = StoredSAE(torch.eye(3, 2), torch.zeros(3), torch.eye(3, 2), torch.ones(2), activation="topk", k=1)
 >>> folder = write(adapt(sae), Path(tempfile.mkdtemp()))
 >>> sorted(path.name for path in folder.iterdir())

@@ -28,7 +28,7 @@ tensor([[4., 1.]])
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -194,7 +194,7 @@ class StoredSAE:
         weights = (tensor.detach().cpu() for tensor in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec))
         return cls(
             *weights,
-            activation=sae.activation,
+            activation=cast(Activation, sae.activation),
             k=sae.k,
             threshold=thresholds,
             decoder="unit" if sae.normalize_decoder else "raw",
