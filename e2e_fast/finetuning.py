@@ -55,7 +55,7 @@ def finetune(
     MSE at later positions, the run's or all. tokens [samples, T] replace the run's ``train_data``, which else is drawn
     in another order (its seed + 1). ``lm`` replaces the model; ``position`` and ``lm_processing`` ("transformer_lens"
     or "none") what another library's file says, or leaves out. ``settings`` are further configuration keys, e.g.
-    ``warmup_samples=2000``.
+    ``warmup_samples=2000``; of ``saes`` those to change, e.g. ``saes={"bandwidth": 0.01}`` for jump-relu.
 
     Raises ValueError when something of this is not known, and for an SAE that its format could not take back;
     FileNotFoundError and ConfigError for a folder that cannot be read.
@@ -102,14 +102,15 @@ def _config(
     if sparsity is not None:
         loss = loss.model_copy(update={"sparsity": loss.sparsity.model_copy(update={"coeff": sparsity})})
     at = resolve_positions(base.saes.sae_positions, positions)
+    ratio = _ratio(source.state)
     kind = "balanced+downstream" if downstream else "balanced"
     return base.replace(
         **{
             "loss": losses.named(kind, loss, at, positions).model_dump(),
             "lr": lr,
             "n_samples": samples,
-            "saes": base.saes.model_dump() | {"dict_size_to_input_ratio": _ratio(source.state)},
             **settings,
+            "saes": base.saes.model_dump() | {"dict_size_to_input_ratio": ratio} | settings.get("saes", {}),
         }
     )
 

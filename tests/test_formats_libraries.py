@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import e2e_fast
 from e2e_fast import formats
@@ -146,6 +147,33 @@ def test_sae_lens_loads_what_we_write(activation: str, tmp_path: Path, monkeypat
     back = formats.write(formats.adapt(ours, "sae_lens", like), tmp_path / "back")
     check(sae_lens.SAE.load_from_disk(back), ours)
     assert sae_lens.SAE.load_from_disk(back).cfg.apply_b_dec_to_input
+
+
+OLD: dict[str, dict[str, Any]] = {
+    "standard": {"activation_fn_str": "relu", "normalize_activations": "none", "finetuning_scaling_factor": False},
+    "topk": {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}, "normalize_activations": False},
+    "bare": {"hook_point_layer": 1, "expansion_factor": 3},
+}
+"""Settings of files from before SAELens 6: all on one level."""
+
+
+@pytest.mark.parametrize("kind", OLD)
+def test_old_sae_lens_files_mean_the_same_to_both_and_stay_loadable(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sae_lens = library("sae_lens", monkeypatch)
+    sae_lens_inference(sae_lens, "standard").save_model(tmp_path)
+    state = load_file(tmp_path / "sae_weights.safetensors") | {"scaling_factor": torch.ones(F)}
+    save_file(state, tmp_path / "sae_weights.safetensors")
+    cfg = {"model_name": "gpt2-small", "hook_point": "blocks.1.hook_resid_pre", "d_in": D, "d_sae": F}
+    (tmp_path / "cfg.json").write_text(json.dumps(cfg | {"dtype": "float32", "device": "cpu"} | OLD[kind]))
+    theirs, read = sae_lens.SAE.load_from_disk(tmp_path), formats.read(tmp_path)
+    check(theirs, read)
+    assert (read.activation, read.position) == ("topk" if kind == "topk" else "relu", "blocks.1.hook_resid_pre")
+    ours = stored(read.activation, position=None, model=None, lm_processing=None)
+    back = formats.write(formats.adapt(ours, "sae_lens", read), tmp_path / "back")
+    check(sae_lens.SAE.load_from_disk(back), ours)
+    assert sae_lens.SAE.load_from_disk(back).cfg.metadata.model_name == "gpt2-small"
 
 
 def test_sae_lens_scaled_activations_are_folded_as_they_fold_them(
