@@ -92,29 +92,26 @@ def load_lm(
 
     model: a Hugging Face name or folder (loaded in float32 unless ``dtype`` says otherwise), "embedded" (the model that
     the demo runs on), a Hugging Face causal LM, a TransformerLens ``TransformerBridge`` (3.x, 4.x) or
-    ``HookedTransformer`` (below 4), an ``epoch_N.pt`` of e2e_sae (``tlens_model_path``, a HookedTransformer that it
-    trained and runs as it is), or an ``LM`` (returned as it is). processing: "transformer_lens", the default, gives the
-    activations and logits of TransformerLens' processed models: LayerNorm models have the weights that write to the
-    residual stream centred, and models without a logit soft-cap their unembedding centred over the vocabulary. "none"
-    leaves the model as it came. ``device=None`` leaves it where it is; ``tokenizer`` overrides the one found
+    ``HookedTransformer`` (below 4), or an ``LM`` (returned as it is). processing: "transformer_lens", the default,
+    gives the activations and logits of TransformerLens' processed models: LayerNorm models have the weights that write
+    to the residual stream centred, and models without a logit soft-cap their unembedding centred over the vocabulary.
+    "none" leaves the model as it came. ``device=None`` leaves it where it is; ``tokenizer`` overrides the one found
     beside the model.
 
     Raises ValueError for an unknown architecture, processing or kind of object.
+
+    A path that ends in ``.pt`` is a HookedTransformer that e2e_sae trained (``tlens_model_path``; needs TransformerLens
+    3): it is run as it is under either processing, as e2e_sae does.
     """
     if processing not in (None, *PROCESSINGS):
         raise ValueError(f"processing must be one of {PROCESSINGS}, got {processing!r}")
+    if isinstance(model, str | os.PathLike) and str(model).endswith(".pt"):
+        model, dtype = _of_e2e_sae(Path(model), processing or "transformer_lens", tokenizer, dtype), None
     if isinstance(model, LM):
         if processing not in (None, model.processing):
             raise ValueError(f"processing={processing!r} asked of an LM that was loaded with {model.processing!r}")
         return model if device is None else model.to(device)
     source = None
-    if isinstance(model, str | os.PathLike) and str(model).endswith(".pt") and dtype is None:
-        from e2e_fast.formats import lens_checkpoint
-
-        hooked, source = lens_checkpoint.read(Path(model))
-        lm = LM(hooked, "none", tokenizer=tokenizer, source=source)
-        lm.name, lm.processing = str(model), processing or "transformer_lens"  # as TransformerLens has it already
-        return lm if device is None else lm.to(device)
     if isinstance(model, str | os.PathLike):
         source = embedded.path() if str(model) == "embedded" else ALIASES.get(str(model), str(model))
         if source.startswith("pythia-"):
@@ -681,6 +678,18 @@ def _from_pretrained(source: str, dtype: torch.dtype) -> Any:
     major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
     name = "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
     return transformers.AutoModelForCausalLM.from_pretrained(source, **{name: dtype})
+
+
+def _of_e2e_sae(path: Path, processing: str, tokenizer: Any, dtype: torch.dtype | None) -> LM:
+    """A language model that e2e_sae trained, unprocessed whatever the processing is called."""
+    from e2e_fast.formats import lens_checkpoint
+
+    if dtype is not None:
+        raise ValueError(f"dtype is for models loaded by name, got {dtype} and {path}, which has its own")
+    model, source = lens_checkpoint.read(path)
+    lm = LM(model, "none", tokenizer=tokenizer, source=source)
+    lm.name, lm.processing = str(path), processing
+    return lm
 
 
 def _load_tokenizer(source: str) -> Any:
