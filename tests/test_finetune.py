@@ -171,6 +171,20 @@ def test_raw_activations_are_trained_on_when_the_file_says_so(
     assert formats.read(run.folder).position == "blocks.0.hook_resid_post"
 
 
+def test_top_k_rows_of_unequal_norm_are_trained_as_they_are(
+    model: Any, tokens: np.ndarray, source: e2e_fast.Run, tmp_path: Path
+) -> None:
+    plain = stored(source, "topk").arranged(decoder="raw")
+    uneven = replace(plain, W_dec=plain.W_dec * torch.linspace(0.5, 1.5, 99)[:, None])
+    file = formats.write(uneven, tmp_path / "uneven", "sae_lens")
+    run = e2e_fast.finetune(file, samples=16, lr=1e-3, tokens=tokens, lm=model, quiet=True)
+    trained = run.model.by_position[AT]
+    assert not trained.normalize_decoder
+    assert run.folder is not None
+    x = torch.randn(50, 32)
+    torch.testing.assert_close(formats.read(run.folder)(x), trained(x).output.detach(), rtol=1e-5, atol=1e-5)
+
+
 def test_what_a_file_leaves_out_is_asked_for(
     model: Any, tokens: np.ndarray, source: e2e_fast.Run, tmp_path: Path
 ) -> None:

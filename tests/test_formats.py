@@ -44,6 +44,7 @@ def weights(*names: str, dtype: torch.dtype = torch.float32, unit: bool = False)
 
 
 LENS = ("W_enc", "b_enc", "W_dec", "b_dec")
+OURS = {"encoder.0.weight", "encoder.0.bias", "decoder.weight", "decoder.bias"}
 LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight")
 
 
@@ -174,6 +175,61 @@ def test_files_beside_the_weights_travel_along(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- the same function
 
 
+def relu_topk(p: torch.Tensor) -> torch.Tensor:
+    kept = p.topk(K, dim=-1).indices
+    return torch.zeros_like(p).scatter(-1, kept, p.gather(-1, kept).relu())
+
+
+Tensors = dict[str, torch.Tensor]
+FORMULAS: dict[str, Callable[[torch.Tensor, Tensors], torch.Tensor]] = {
+    "sae_lens standard": lambda x, t: (
+        ((x - t["b_dec"]) @ t["W_enc"] + t["b_enc"]).relu() @ t["W_dec"] + t["b_dec"]
+    ),
+    "sae_lens no b_dec": lambda x, t: (x @ t["W_enc"] + t["b_enc"]).relu() @ t["W_dec"] + t["b_dec"],
+    "sae_lens topk": lambda x, t: (
+        relu_topk((x - t["b_dec"]) @ t["W_enc"] + t["b_enc"]) @ t["W_dec"] + t["b_dec"]
+    ),
+    "sae_lens topk rescaled": lambda x, t: (
+        relu_topk(((x - t["b_dec"]) @ t["W_enc"] + t["b_enc"]) * t["W_dec"].norm(dim=1))
+        @ torch.nn.functional.normalize(t["W_dec"]) + t["b_dec"]
+    ),
+    "sae_lens jumprelu": lambda x, t: (
+        (p := (x - t["b_dec"]) @ t["W_enc"] + t["b_enc"]) * (p > t["threshold"]) @ t["W_dec"] + t["b_dec"]
+    ),
+    "dictionary_learning AutoEncoder": lambda x, t: (
+        ((x - t["bias"]) @ t["encoder.weight"].T + t["encoder.bias"]).relu() @ t["decoder.weight"].T + t["bias"]
+    ),
+    "dictionary_learning AutoEncoderNew": lambda x, t: (
+        (x @ t["encoder.weight"].T + t["encoder.bias"]).relu() @ t["decoder.weight"].T + t["decoder.bias"]
+    ),
+    "dictionary_learning AutoEncoderTopK": lambda x, t: (
+        relu_topk((x - t["b_dec"]) @ t["encoder.weight"].T + t["encoder.bias"]) @ t["decoder.weight"].T + t["b_dec"]
+    ),
+    "dictionary_learning BatchTopKSAE": lambda x, t: (
+        (p := (x - t["b_dec"]) @ t["encoder.weight"].T + t["encoder.bias"]) * (p > t["threshold"])
+        @ t["decoder.weight"].T + t["b_dec"]
+    ),
+    "dictionary_learning JumpRelu": lambda x, t: (
+        (p := x @ t["W_enc"] + t["b_enc"]) * (p > t["threshold"]) @ t["W_dec"] + t["b_dec"]
+    ),
+    "sparsify": lambda x, t: (
+        relu_topk((x - t["b_dec"]) @ t["encoder.weight"].T + t["encoder.bias"]) @ t["W_dec"] + t["b_dec"]
+    ),
+    "e2e_sae": lambda x, t: (
+        (x @ t["encoder.0.weight"].T + t["encoder.0.bias"]).relu()
+        @ torch.nn.functional.normalize(t["decoder.weight"], dim=0).T + t["decoder.bias"]
+    ),
+}  # fmt: skip
+"""What the libraries compute, from the tensors as they are stored."""
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_files_are_read_with_their_librarys_formula(name: str, tmp_path: Path) -> None:
+    file = FILES[name](tmp_path)
+    tensors = {key.removeprefix("blocks-1-hook_resid_pre."): t.double() for key, t in tensors_of(file).items()}
+    same_function(lambda x: FORMULAS[name](x, tensors), double(formats.read(file)))
+
+
 def double(sae: StoredSAE) -> StoredSAE:
     threshold = None if sae.threshold is None else sae.threshold.double()
     kept = {name: getattr(sae, name).double() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
@@ -255,19 +311,28 @@ def test_an_sae_of_one_library_is_written_for_another_or_refused(format: str, fi
     assert formats.detect(written) == format
     read = formats.read(written)
     same_function(sae, read)
+    if format != sae.format:  # tensors of the one library are not left over in the other's file
+        names = {key.removeprefix("blocks-1-hook_resid_post.") for key in tensors_of(written)}
+        assert (
+            names
+            in {
+                "sae_lens": [{*LENS}, {*LENS, "threshold"}],
+                "sparsify": [{"encoder.weight", "encoder.bias", "W_dec", "b_dec"}],
+                "dictionary_learning": [{*LINEAR, "bias"}, {*LINEAR, "b_dec", "k", "threshold"}, {*LENS, "threshold"}],
+                "e2e_sae": [OURS, OURS | {"log_threshold"}, OURS | {"running_threshold"}],
+            }[format]
+        )
     if format != sae.format:
         assert (read.position, read.model, read.lm_processing) == tuple(PLACE.values())
 
 
-def test_a_trained_sae_goes_back_into_the_kind_of_file_it_came_from(file: Path, tmp_path: Path) -> None:
-    like = formats.read(file)
-    if not like.can_be_unit() or "group_sizes" in like.extra:
-        pytest.skip("such SAEs are not trained: the refusals have tests of their own")
-    trained = double(replace(like.arranged(decoder="unit"), format="", metadata={}, extra={}))
+@pytest.mark.parametrize("name", [name for name in FILES if "Matryoshka" not in name])
+def test_a_trained_sae_goes_back_into_the_kind_of_file_it_came_from(name: str, tmp_path: Path) -> None:
+    like = formats.read(FILES[name](tmp_path))
+    arranged = like.arranged(decoder="unit" if like.can_be_unit() else "raw")
+    trained = double(replace(arranged, format="", metadata={}, extra={}))
     noise = random(F, D, seed=5, dtype=torch.float64)
     trained = replace(trained, W_enc=trained.W_enc + 0.1 * noise, W_dec=trained.W_dec - 0.1 * noise)
-    if like.activation == "topk":  # the decoder's rows may have any norm
-        assert trained.decoder == "unit"
     written = formats.adapt(trained, like.format, like)
     read = formats.read(formats.module(like.format).write(written, tmp_path / "back"))
     same_function(trained, read)
@@ -501,6 +566,11 @@ def test_convert_ends_with_one_line_and_code_2_when_it_cannot(
         assert message in error
         assert len(error.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_matching_reads_what_cannot_be_computed(tmp_path: Path) -> None:
+    gated, _ = REFUSED["gated (dictionary_learning)"]
+    assert read_dictionary(gated(tmp_path)).shape == (F, D)
 
 
 def test_matching_reads_every_format(file: Path, tmp_path: Path) -> None:
