@@ -45,6 +45,7 @@ setup(
         "e2e_fast.kernels.triton",
         "e2e_fast.compare",
         "e2e_fast.embedded",
+        "e2e_fast.formats",
         "e2e_fast.report",
     ],
     # kernels/ stands at the top level and is imported as e2e_fast.kernels; the symlink e2e_fast/kernels serves

@@ -4,6 +4,7 @@ e2e-fast demo                     train the three kinds of SAE on the embedded m
 e2e-fast train config.yaml        what ``e2e_fast.train`` does
 e2e-fast eval out/my_run          what ``e2e_fast.evaluate`` does
 e2e-fast match A B                what ``e2e_fast.match_dictionaries`` does, for files
+e2e-fast convert A B --to FORMAT  an SAE's file in another library's format, the same function
 e2e-fast bench overhead           what end-to-end training costs beside local, phase by phase
 e2e-fast bench sharing            what several SAEs in one process cost beside separate runs
 e2e-fast train-lm                 train the embedded language model anew
@@ -92,6 +93,33 @@ def evaluate(
         print(json.dumps(metrics, indent=1))
     else:
         _print_metrics(metrics)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder or weight file; path::position for one SAE of several.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],
+    to: Annotated[str, typer.Option(help="sae_lens, dictionary_learning, sparsify or e2e_sae.")],
+    position: Annotated[str | None, typer.Option(help="Where it sits, e.g. blocks.6.hook_resid_pre.")] = None,
+    model: Annotated[str | None, typer.Option(help="Name of the language model.")] = None,
+    lm_processing: Annotated[
+        str | None, typer.Option(help="Of the activations it was trained on: transformer_lens (centred) or none (raw).")
+    ] = None,
+) -> None:
+    """Write an SAE in another library's format; what is given replaces what the source says. See docs/formats.md."""
+    from e2e_fast import formats
+    from e2e_fast.lm import PROCESSINGS
+
+    if lm_processing not in (None, *PROCESSINGS):
+        raise ValueError(f"--lm-processing must be one of {', '.join(PROCESSINGS)}, got {lm_processing!r}")
+    original = formats.read(source)
+    sae = original.at(position, model, lm_processing)
+    if to == sae.format and (position or model or lm_processing):
+        sae = formats.adapt(sae, to, like=original)
+    folder = formats.write(sae, target, to)
+    print(f"{sae.format} → {to}: {sae.activation}, {sae.d_sae:,} features of width {sae.d_in:,}, in {folder}")
+    if to in ("dictionary_learning", "sparsify") and sae.lm_processing == "transformer_lens":
+        print("note: trained on centred activations (TransformerLens' processing), and this library gives raw ones")
 
 
 @app.command()

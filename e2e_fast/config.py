@@ -145,7 +145,7 @@ class Config(BaseModel):
     tlens_model_name: str | None = None
     """What ``load_lm`` takes: a Hugging Face name, a folder, or ``embedded``. Exactly one of this and the next."""
     tlens_model_path: Path | None = None
-    """A folder with the language model."""
+    """A folder with the language model, or a weight file that e2e_sae trained with TransformerLens."""
     save_dir: Path | None = Path("out")
     """Run folders are made here. None: nothing is saved."""
     n_samples: PositiveInt | None = None

@@ -104,9 +104,14 @@ def load_lm(
     beside the model. ``compile`` runs its blocks through torch.compile (`LM.compile`).
 
     Raises ValueError for an unknown architecture, processing or kind of object.
+
+    A path that ends in ``.pt`` is a HookedTransformer that e2e_sae trained (``tlens_model_path``; needs TransformerLens
+    3): it is run as it is under either processing, as e2e_sae does.
     """
     if processing not in (None, *PROCESSINGS):
         raise ValueError(f"processing must be one of {PROCESSINGS}, got {processing!r}")
+    if isinstance(model, str | os.PathLike) and str(model).endswith(".pt"):
+        model, dtype = _of_e2e_sae(Path(model), processing or "transformer_lens", tokenizer, dtype), None
     if isinstance(model, LM):
         if processing not in (None, model.processing):
             raise ValueError(f"processing={processing!r} asked of an LM that was loaded with {model.processing!r}")
@@ -766,6 +771,18 @@ def _from_pretrained(source: str, dtype: torch.dtype) -> Any:
     major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
     name = "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
     return transformers.AutoModelForCausalLM.from_pretrained(source, **{name: dtype})
+
+
+def _of_e2e_sae(path: Path, processing: str, tokenizer: Any, dtype: torch.dtype | None) -> LM:
+    """A language model that e2e_sae trained, unprocessed whatever the processing is called."""
+    from e2e_fast.formats import lens_checkpoint
+
+    if dtype is not None:
+        raise ValueError(f"dtype is for models loaded by name, got {dtype} and {path}, which has its own")
+    model, source = lens_checkpoint.read(path)
+    lm = LM(model, "none", tokenizer=tokenizer, source=source)
+    lm.name, lm.processing = str(path), processing
+    return lm
 
 
 def _load_tokenizer(source: str) -> Any:

@@ -39,6 +39,7 @@ from e2e_fast.positions import hyphenated, resolve_positions
 from e2e_fast.precision import as_given, lowered
 
 if TYPE_CHECKING:
+    from e2e_fast.formats import StoredSAE
     from e2e_fast.lm import LM
 
 
@@ -353,7 +354,7 @@ class SAETransformer(nn.Module):
         dict_size_to_input_ratio: float = 1.0,
         init_decoder_orthogonal: bool = True,
         *,
-        lm_processing: str = "transformer_lens",
+        lm_processing: str | None = None,
         **sae: Any,
     ) -> None:
         from e2e_fast.lm import load_lm
@@ -468,12 +469,17 @@ class SAETransformer(nn.Module):
     def from_local_path(
         cls, checkpoint_dir: str | Path, *, lm: Any = None, checkpoint_file: str | Path | None = None
     ) -> "SAETransformer":
-        """The newest weights of a run folder (``final_config.yaml`` + ``samples_N.pt`` or ``.safetensors``).
+        """The newest weights of a run folder (``final_config.yaml`` + ``samples_N.pt`` or ``.safetensors``), or the SAE
+        in a folder or file of another library (`e2e_fast.formats`).
 
-        ``lm`` replaces the model that the configuration names. ``checkpoint_file`` picks one weight file.
+        ``lm`` replaces the model that the configuration names. ``checkpoint_file`` picks one weight file of a run.
         """
+        from e2e_fast import formats
         from e2e_fast.checkpoint import read_run
 
+        place, _ = formats.split_name(checkpoint_dir)
+        if checkpoint_file is None and place.exists() and not formats.is_run(checkpoint_dir):
+            return cls.from_stored(formats.read(checkpoint_dir), lm=lm)
         return cls.from_weights(*read_run(Path(checkpoint_dir), checkpoint_file), lm=lm)
 
     @classmethod
@@ -489,6 +495,38 @@ class SAETransformer(nn.Module):
         from e2e_fast.checkpoint import download_hub
 
         return cls.from_local_path(download_hub(repo, subfolder), lm=lm)
+
+    @classmethod
+    def from_stored(
+        cls, sae: "StoredSAE", *, lm: Any = None, position: str | None = None, lm_processing: str | None = None
+    ) -> "SAETransformer":
+        """The SAE of any library's file (`formats.read`) in its language model.
+
+        What is given replaces what the file says: ``lm`` the model, ``position``, ``lm_processing`` ("transformer_lens"
+        or "none"). Raises ValueError when one of the three is not known, or the SAE does not fit the model there.
+        """
+        from e2e_fast.lm import LM, load_lm
+
+        position = position or sae.position
+        processing = lm_processing or sae.lm_processing
+        if position is None:
+            raise ValueError(
+                "the file does not say where the SAE sits: give position=, as in 'blocks.6.hook_resid_pre'"
+            )
+        if lm is None and sae.model is None:
+            raise ValueError("the file names no language model: pass lm=")
+        if processing is None and not isinstance(lm, LM):
+            raise ValueError(
+                "the file does not say on which activations the SAE was trained: give lm_processing='transformer_lens' "
+                "for TransformerLens' processed (centred) ones, or 'none' for raw ones"
+            )
+        lm = load_lm(sae.model if lm is None else lm, processing=processing)
+        transformer = cls(lm, [lm.check_position(position)], 1.0, init_decoder_orthogonal=False)
+        if sae.d_in != lm.width(position):
+            raise ValueError(f"the SAE at {position} has d_in {sae.d_in}, {lm.name} has {lm.width(position)} there")
+        transformer.saes[hyphenated(position)] = sae.to_sae()
+        transformer.saes.to(lm.device)
+        return transformer
 
     @classmethod
     def from_weights(

@@ -1,18 +1,7 @@
 """Dictionaries from wherever they are: tensors, arrays, SAE objects, and the files of the common libraries.
 
-A dictionary is a matrix whose rows are features: (n, d). Files are told apart by their tensors' names:
-
-======================  ==================================  ===================================
-library                 decoder                             encoder
-======================  ==================================  ===================================
-e2e_sae, ours           ``….decoder.weight`` [d, n]         ``….encoder.0.weight`` [n, d]
-dictionary_learning,    ``decoder.weight`` [d, n]           ``encoder.weight`` [n, d]
-openai
-sparsify                ``W_dec`` [n, d]                    ``encoder.weight`` [n, d]
-SAELens                 ``W_dec`` [n, d]                    ``W_enc`` [d, n]
-llamascopium            ``W_D`` [n, d]                      ``W_E`` [d, n]
-======================  ==================================  ===================================
-
+A dictionary is a matrix whose rows are features: (n, d). Files are told apart by their tensors' names, as the table in
+`e2e_fast.formats.layouts` has them; that a file is no SAE that we could run (gated, a transcoder) does not matter here.
 A file with one matrix alone is that matrix, rows as features. A file with several SAEs is asked for one by
 ``path::name``, as in ``final.safetensors::blocks.6.hook_resid_pre``. Nothing in a ``.pt`` file is executed.
 
@@ -30,12 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# (name's ending, whether the stored matrix is [d, n])
-_DECODERS = (("W_dec", False), ("W_D", False), ("decoder.weight", True))
-_ENCODERS = (("W_enc", True), ("W_E", True), ("encoder.0.weight", False), ("encoder.weight", False))
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
-_FOLDER_FILES = ("sae_weights.safetensors", "sae.safetensors", "ae.pt", "final.safetensors", "model.safetensors")
-_SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".safetensors")
+from e2e_fast.formats import layouts
 
 
 def read_dictionary(source: Any, *, which: str = "decoder", encoder_share: float = 0.5) -> Tensor:
@@ -115,49 +99,15 @@ def _joint(decoder: Tensor, encoder: Tensor, share: float) -> Tensor:
 
 
 def _load(source: str) -> tuple[dict[str, Any], str | None]:
-    """The tensors of a file or folder by name, and the name asked for after ``::``."""
-    path_text, _, name = source.partition("::")
-    path = _file_in(Path(path_text).expanduser())
-    if path.suffix == ".npy":
-        tensors = {"": np.load(path, allow_pickle=False)}
-    elif path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as arrays:
-            tensors = {key: arrays[key] for key in arrays.files}
-    elif path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        tensors = load_file(path)
-    elif path.suffix in (".pt", ".pth"):
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        while isinstance(content, dict) and (
-            key := next((w for w in _WRAPPERS if isinstance(content.get(w), dict)), None)
-        ):
-            content = content[key]
-        tensors = content if isinstance(content, dict) else {"": content}
-    else:
-        raise ValueError(f"{path} must end in one of {', '.join(_SUFFIXES)}")
-    return {key: value for key, value in tensors.items() if getattr(value, "ndim", 0) == 2}, name or None
-
-
-def _file_in(path: Path) -> Path:
-    if not path.exists():
-        raise ValueError(f"no such file or folder: {path}")
-    if path.is_file():
-        return path
-    known = [path / name for name in _FOLDER_FILES if (path / name).is_file()]
-    if known:
-        return known[0]
-    # e2e_sae's folders: samples_N.pt, the largest N is the last.
-    samples = sorted(path.glob("samples_*.pt"), key=lambda p: int("0" + p.stem.removeprefix("samples_")))
-    files = samples[-1:] or [p for p in sorted(path.iterdir()) if p.suffix in _SUFFIXES]
-    if len(files) != 1:
-        raise ValueError(f"{path} must hold one file of weights, found {[p.name for p in files]}")
-    return files[0]
+    """The matrices of a file or folder by name, and the name asked for after ``::``."""
+    path, name = layouts.split_name(source)
+    tensors = layouts.load(layouts.file_in(path))
+    return {key: value for key, value in tensors.items() if getattr(value, "ndim", 0) == 2}, name
 
 
 def _from_tensors(tensors: dict[str, Any], name: str | None, source: str) -> tuple[Tensor, Tensor | None]:
-    found = _find(tensors, _DECODERS)
-    encoders = _find(tensors, _ENCODERS)
+    found = layouts.decoders(tensors)
+    encoders = layouts.encoders(tensors)
     if not found:  # no SAE: a named or the only matrix
         plain = {name: tensors[name]} if name in tensors else tensors
         if len(plain) != 1:
@@ -167,23 +117,10 @@ def _from_tensors(tensors: dict[str, Any], name: str | None, source: str) -> tup
         wanted = name.replace("-", ".")
         found = {prefix: matrix for prefix, matrix in found.items() if prefix.replace("-", ".").rstrip(".") == wanted}
     if len(found) != 1:
-        names = sorted(p.rstrip(".").replace("-", ".") for p in _find(tensors, _DECODERS))
+        names = sorted(p.rstrip(".").replace("-", ".") for p in layouts.decoders(tensors))
         raise ValueError(f"{source} holds SAEs {names}: ask for one as path::name")
     ((prefix, decoder),) = found.items()
     encoder = encoders.get(prefix)
     if encoder is not None and encoder.shape != decoder.shape and encoder.T.shape == decoder.shape:
         encoder = encoder.T  # ours as [F, D] under SAELens's name
     return decoder, encoder
-
-
-def _find(tensors: dict[str, Any], endings: tuple[tuple[str, bool], ...]) -> dict[str, Tensor]:
-    """Matrices (n, d) by what precedes the ending of their name."""
-    found: dict[str, Tensor] = {}
-    for key, value in tensors.items():
-        for ending, transposed in endings:
-            prefix = key.removesuffix(ending)
-            if key.endswith(ending) and (not prefix or prefix.endswith(".")) and prefix not in found:
-                matrix = torch.as_tensor(value)
-                found[prefix] = matrix.T if transposed else matrix
-                break
-    return found

@@ -1,0 +1,142 @@
+"""Tensors of weight files, and which of them are dictionaries: by name, for every library, complete SAE or not.
+
+======================  ==================================  ===================================
+library                 decoder                             encoder
+======================  ==================================  ===================================
+e2e_sae, ours           ``….decoder.weight`` [d, n]         ``….encoder.0.weight`` [n, d]
+dictionary_learning,    ``decoder.weight`` [d, n]           ``encoder.weight`` [n, d]
+openai
+sparsify                ``W_dec`` [n, d]                    ``encoder.weight`` [n, d]
+SAELens                 ``W_dec`` [n, d]                    ``W_enc`` [d, n]
+llamascopium            ``W_D`` [n, d]                      ``W_E`` [d, n]
+======================  ==================================  ===================================
+
+Nothing in a ``.pt`` file is executed.
+
+>>> import torch
+>>> found = decoders({"W_dec": torch.zeros(6, 4), "W_enc": torch.zeros(4, 6)})
+>>> {prefix: matrix.shape for prefix, matrix in found.items()}
+{'': torch.Size([6, 4])}
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# (name's ending, whether the stored matrix is [d, n])
+_DECODERS = (("W_dec", False), ("W_D", False), ("decoder.weight", True))
+_ENCODERS = (("W_enc", True), ("W_E", True), ("encoder.0.weight", False), ("encoder.weight", False))
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+_FOLDER_FILES = ("sae_weights.safetensors", "sae.safetensors", "ae.pt", "final.safetensors", "model.safetensors")
+SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".safetensors")
+
+
+def split_name(source: str | Path) -> tuple[Path, str | None]:
+    """The path and the SAE's name of ``path::name``; no name: None."""
+    path, _, name = str(source).partition("::")
+    return Path(path).expanduser(), name or None
+
+
+def file_in(path: Path) -> Path:
+    """The weight file that a path means: itself, or the one of a folder. Raises ValueError where there is none."""
+    if not path.exists():
+        raise ValueError(f"no such file or folder: {path}")
+    if path.is_file():
+        return path
+    known = [path / name for name in _FOLDER_FILES if (path / name).is_file()]
+    if known:
+        return known[0]
+    # e2e_sae's folders: samples_N.pt or .safetensors, the largest N is the last.
+    samples = [p for p in path.glob("samples_*") if p.suffix in SUFFIXES]
+    samples.sort(key=lambda p: int("0" + p.stem.removeprefix("samples_")))
+    files = samples[-1:] or [p for p in sorted(path.iterdir()) if p.suffix in SUFFIXES]
+    if len(files) != 1:
+        raise ValueError(f"{path} must hold one file of weights, found {[p.name for p in files]}")
+    return files[0]
+
+
+def load(path: Path) -> dict[str, Any]:
+    """All tensors (or arrays) of a ``.npy``, ``.npz``, ``.pt``, ``.pth`` or ``.safetensors`` file by name, on the CPU.
+
+    A file that is one bare tensor gives it under "". Raises ValueError for another kind of file.
+    """
+    if path.suffix == ".npy":
+        import numpy as np
+
+        return {"": np.load(path, allow_pickle=False)}
+    if path.suffix == ".npz":
+        import numpy as np
+
+        with np.load(path, allow_pickle=False) as arrays:
+            return {key: arrays[key] for key in arrays.files}
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    if path.suffix in (".pt", ".pth"):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        while isinstance(content, dict) and (
+            key := next((w for w in _WRAPPERS if isinstance(content.get(w), dict)), None)
+        ):
+            content = content[key]
+        return dict(content) if isinstance(content, dict) else {"": content}
+    raise ValueError(f"{path} must end in one of {', '.join(SUFFIXES)}")
+
+
+def names(path: Path) -> set[str]:
+    """Names of the tensors of a ``.pt`` or ``.safetensors`` file, without its data.
+
+    Raises checkpoint.CheckpointError for a damaged file or one that holds no tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(path, "pt") as file:
+                return set(file.keys())
+        state = torch.load(path, map_location="meta", weights_only=True)
+        if isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values()):
+            return set(state)
+    except Exception:
+        pass  # the full reader says what is wrong
+    from e2e_fast.checkpoint import load_tensors
+
+    return set(load_tensors(path))
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """The object of a JSON file. Raises ValueError when it holds none."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold an object, got {type(content).__name__}")
+    return content
+
+
+def decoders(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Decoders [n, d] by what precedes ``W_dec``, ``decoder.weight`` … in their name (usually nothing)."""
+    return _find(tensors, _DECODERS)
+
+
+def encoders(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Encoders [n, d], as `decoders`."""
+    return _find(tensors, _ENCODERS)
+
+
+def _find(tensors: Mapping[str, Any], endings: tuple[tuple[str, bool], ...]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        for ending, transposed in endings:
+            prefix = key.removesuffix(ending)
+            if key.endswith(ending) and (not prefix or prefix.endswith(".")) and prefix not in found:
+                if getattr(value, "ndim", 0) == 2:
+                    matrix = torch.as_tensor(value)
+                    found[prefix] = matrix.T if transposed else matrix
+                break
+    return found
