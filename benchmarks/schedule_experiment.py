@@ -357,7 +357,7 @@ def alive_decoder(path: Path) -> Tensor:
 def at_l0(points: Sequence[tuple[float, float]], l0: float, *, log: bool) -> float | None:
     """The value at ``l0`` on the line between the two neighbouring (L0, value), in log L0 and, if ``log``, log value.
 
-    None where ``l0`` does not lie between two points.
+    Values that are not positive are interpolated as they are. None where ``l0`` does not lie between two points.
 
     >>> round(at_l0([(10.0, 0.4), (40.0, 0.1)], 20.0, log=True), 6)
     0.2
@@ -366,7 +366,9 @@ def at_l0(points: Sequence[tuple[float, float]], l0: float, *, log: bool) -> flo
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if x0 <= l0 <= x1:
             share = math.log(l0 / x0) / math.log(x1 / x0) if x1 > x0 else 0.0
-            return math.exp(math.log(y0) * (1 - share) + math.log(y1) * share) if log else y0 * (1 - share) + y1 * share
+            if log and min(y0, y1) > 0:
+                return math.exp(math.log(y0) * (1 - share) + math.log(y1) * share)
+            return y0 * (1 - share) + y1 * share
     return None
 
 
