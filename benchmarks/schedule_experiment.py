@@ -357,12 +357,16 @@ def alive_decoder(path: Path) -> Tensor:
 def at_l0(points: Sequence[tuple[float, float]], l0: float, *, log: bool) -> float | None:
     """The value at ``l0`` on the line between the two neighbouring (L0, value), in log L0 and, if ``log``, log value.
 
-    Values that are not positive are interpolated as they are. None where ``l0`` does not lie between two points.
+    A point within 1 % of ``l0`` is taken as it is. Values that are not positive are interpolated as they are. None
+    where ``l0`` does not lie between two points.
 
     >>> round(at_l0([(10.0, 0.4), (40.0, 0.1)], 20.0, log=True), 6)
     0.2
     """
     points = sorted(points)
+    near, value = min(points, key=lambda point: abs(math.log(point[0] / l0)))
+    if abs(math.log(near / l0)) < 0.01:
+        return value
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if x0 <= l0 <= x1:
             share = math.log(l0 / x0) / math.log(x1 / x0) if x1 > x0 else 0.0
