@@ -5,6 +5,7 @@ SAE is dense, with a normalised copy of its decoder in the graph. Attention is t
 comparison is of the training step and not of the attention.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,8 +22,11 @@ class DenseSAE(nn.Module):
         self.decoder = nn.Linear(d_sae, d_in)
         nn.init.orthogonal_(self.decoder.weight.detach().T)
 
+    def encode(self, x: Tensor) -> Tensor:
+        return torch.relu(self.encoder(x))
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        c = torch.relu(self.encoder(x))
+        c = self.encode(x)
         return nnf.linear(c, nnf.normalize(self.decoder.weight, dim=0), self.decoder.bias), c
 
 
@@ -37,10 +41,23 @@ def _block_input(model: Any, layer: int, replace: Any) -> Any:
     return blocks[layer].register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def e2e_step(model: Any, sae: DenseSAE, tokens: Tensor, layer: int, sparsity: float) -> Tensor:
-    """Forward and backward of KL + L1 / d; gradients are added to the SAE's parameters."""
+def e2e_step(
+    model: Any,
+    sae: DenseSAE,
+    tokens: Tensor,
+    layer: int,
+    sparsity: float,
+    kl: float = 1.0,
+    downstream: Mapping[int, float] | None = None,
+) -> Tensor:
+    """Forward and backward of KL + L1 / d; gradients are added to the SAE's parameters.
+
+    ``downstream`` gives the coefficients of the MSE at the inputs of later blocks.
+    """
+    keep = downstream is not None
     with torch.no_grad():
-        target = model(tokens).logits.log_softmax(-1)
+        original = model(tokens, output_hidden_states=keep)
+        target = original.logits.log_softmax(-1)
     codes: list[Tensor] = []
 
     def insert(x: Tensor) -> Tensor:
@@ -50,11 +67,14 @@ def e2e_step(model: Any, sae: DenseSAE, tokens: Tensor, layer: int, sparsity: fl
 
     handle = _block_input(model, layer, insert)
     try:
-        prediction = model(tokens).logits.log_softmax(-1)
+        spliced = model(tokens, output_hidden_states=keep)
+        prediction = spliced.logits.log_softmax(-1)
     finally:
         handle.remove()
-    kl = nnf.kl_div(prediction.flatten(0, 1), target.flatten(0, 1), log_target=True, reduction="batchmean")
-    loss = kl + sparsity * codes[0].norm(p=1, dim=-1).mean() / sae.encoder.in_features
+    divergence = nnf.kl_div(prediction.flatten(0, 1), target.flatten(0, 1), log_target=True, reduction="batchmean")
+    loss = kl * divergence + sparsity * codes[0].norm(p=1, dim=-1).mean() / sae.encoder.in_features
+    for later, coeff in (downstream or {}).items():
+        loss = loss + coeff * nnf.mse_loss(spliced.hidden_states[later], original.hidden_states[later])
     loss.backward()
     return loss.detach()
 
