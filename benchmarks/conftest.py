@@ -27,7 +27,7 @@ class Duel(NamedTuple):
     """Smallest and largest ratio over the rounds."""
     ours_bytes: int
     baseline_bytes: int
-    floor: float | None = None
+    floor: float | None
     """Seconds of the part of the work that no way of doing it leaves out, by the fastest routines known here."""
 
     @property
@@ -79,7 +79,8 @@ def duel(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., Duel]:
             turns.append(times)
         medians = [statistics.median(times) for times in zip(*turns, strict=True)]
         ratios = [slow / fast for fast, slow, *_ in turns]
-        result = Duel(name, *medians[:2], (min(ratios), max(ratios)), *peaks, medians[2] if floor is not None else None)
+        fastest_possible = None if floor is None else medians[2]
+        result = Duel(name, medians[0], medians[1], (min(ratios), max(ratios)), peaks[0], peaks[1], fastest_possible)
         benchmark.extra_info.update(result._asdict())
         benchmark.pedantic(ours, rounds=rounds)
         request.config.stash.setdefault(RESULTS, []).append(result)

@@ -3,6 +3,7 @@
 import gc
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -38,7 +39,7 @@ def test_a_buffer_comes_back_when_its_tensor_is_gone():
         lambda t: t.numpy(),
         lambda t: memoryview(t.numpy()),
         lambda t: t.untyped_storage(),
-        lambda t: torch.utils.dlpack.to_dlpack(t),
+        lambda t: np.from_dlpack(t),
     ],
     ids=["tensor", "view", "detached", "array", "memoryview", "storage", "dlpack"],
 )
