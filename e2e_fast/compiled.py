@@ -10,8 +10,8 @@ torch.compile runs eagerly, without a word, where it is switched off. So the com
 block that ran without its graph raises.
 
 >>> blocks = CompiledBlocks([torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)], "aot_eager")
->>> x = torch.ones(2, 4)
->>> y = blocks(1, blocks(0, x))
+>>> with torch.no_grad():
+...     y = blocks(1, blocks(0, torch.ones(2, 4)))
 >>> blocks.graphs, blocks.runs
 (1, 2)
 """
