@@ -10,8 +10,8 @@ torch.compile runs eagerly, without a word, where it is switched off. So the com
 block that ran without its graph raises.
 
 >>> blocks = CompiledBlocks([torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)], "aot_eager")
->>> x = torch.ones(2, 4)
->>> y = blocks(1, blocks(0, x))
+>>> with torch.no_grad():
+...     y = blocks(1, blocks(0, torch.ones(2, 4)))
 >>> blocks.graphs, blocks.runs
 (1, 2)
 """
@@ -51,8 +51,12 @@ class CompiledBlocks:
             self._first = x.shape
         block = (self._static if x.shape == self._first else self._dynamic)[layer]
         before = self.runs
-        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+        config = torch._dynamo.config
+        usual, config.recompile_limit = config.recompile_limit, RECOMPILE_LIMIT
+        try:
             output = block(x, *args, **kwargs)
+        finally:
+            config.recompile_limit = usual
         if self.runs != before + 1:
             raise RuntimeError(
                 f"compile: block {layer} ran without its compiled graph. Is torch.compile switched off "
