@@ -17,6 +17,7 @@
 #   kernels.jsonl   one record an operator and provider         kernels.md     the same as a table, with % of the floor
 #   training.jsonl  one record a way of training                training.md    the same as a table
 #   overhead.json   local, e2e, e2e+downstream, by phase        sweep.jsonl    other block sizes
+#   graphs.txt      the tests of whole steps as CUDA graphs
 #   sanitizer.txt   compute-sanitizer on little tensors, where there is one
 set -uo pipefail
 out=$(mkdir -p "${1:?usage: gpu_report.sh OUT_DIR [PYTHON] [WHEELS]}" && cd "$1" && pwd)
@@ -66,12 +67,13 @@ if ! grep -q "^safetensors" "$out/machine.txt" || grep -q "torch sees no GPU" "$
     exit 1
 fi
 # The C++ core serves the CPU alone: the GPU's numbers do not depend on it, and it is not built here.
-step "kernels" 150 kernels.txt "$python" benchmarks/bench_kernels_gpu.py --out "$out"
+step "kernels" 140 kernels.txt "$python" benchmarks/bench_kernels_gpu.py --out "$out"
 step "training" 95 training.txt "$python" benchmarks/bench_training_gpu.py --out "$out"
 step "tests" 130 tests.txt "$python" -m pytest -q --maxfail=20 -p no:cacheprovider tests/kernels_triton
-step "sweep" 50 sweep.txt "$python" benchmarks/bench_kernels_gpu.py --sweep --rep-ms 40 --out "$out"
+step "graphs" 35 graphs.txt "$python" -m pytest -q -p no:cacheprovider tests/test_cuda_graphs.py -m gpu
+step "sweep" 35 sweep.txt "$python" benchmarks/bench_kernels_gpu.py --sweep --rep-ms 40 --out "$out"
 if command -v compute-sanitizer > /dev/null; then
-    step "sanitizer" 40 sanitizer.txt compute-sanitizer --tool memcheck --error-exitcode 99 \
+    step "sanitizer" 30 sanitizer.txt compute-sanitizer --tool memcheck --error-exitcode 99 \
         "$python" benchmarks/bench_kernels_gpu.py --tiny --rep-ms 1 --only code --out "$out/sanitizer"
 fi
 for table in kernels.md training.md; do

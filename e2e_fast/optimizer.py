@@ -95,7 +95,9 @@ class Adam(torch.optim.Adam):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One update; ``param_groups[0]["lr"]`` is its learning rate."""
         if not self.own:
-            return super().step(closure)
+            step: Any = torch.optim.Adam.step
+            # Where a plain Adam lives in the process torch wraps that step to call hooks, which ours has called.
+            return (step.__wrapped__ if getattr(step, "hooked", False) else step)(self, closure)
         if closure is not None:
             raise ValueError("closure must be None: Adam evaluates nothing itself")
         for group in self.param_groups:

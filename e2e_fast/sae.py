@@ -36,7 +36,7 @@ from e2e_fast.kernels.density import default_limit
 from e2e_fast.kernels.reference import BANDWIDTH
 from e2e_fast.optimizer import Shadow
 from e2e_fast.positions import hyphenated, resolve_positions
-from e2e_fast.precision import as_given, lowered
+from e2e_fast.precision import as_given, lowered, reduced_dtype
 
 if TYPE_CHECKING:
     from e2e_fast.formats import StoredSAE
@@ -182,8 +182,7 @@ class SAE(nn.Module):
     def _cast(self, name: str) -> Tensor:
         """W_enc or W_dec as autocast has it: the optimizer's rounded copy while that is the parameter's."""
         weight, shadow = getattr(self, name), self.shadows[name]
-        kind = weight.device.type
-        rounds = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+        rounds = reduced_dtype(weight.device) == torch.bfloat16
         return _Rounded.apply(weight, shadow.rounded) if rounds and shadow.holds(weight) else lowered(weight)[0]
 
     @property

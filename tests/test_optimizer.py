@@ -155,3 +155,14 @@ def test_float64_parameters_keep_float64_norms() -> None:
     norms = sae.shadows["W_dec"].inverse_norms
     assert norms is not None
     torch.testing.assert_close(norms, 1 / sae.W_dec.detach().norm(dim=-1), rtol=1e-14, atol=0)
+
+
+def test_hooks_run_once_a_step_whatever_other_optimizers_there_are():
+    torch.optim.Adam([torch.nn.Parameter(torch.ones(1))])  # torch then wraps torch.optim.Adam.step, which ours calls
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer, calls = Adam([parameter], lr=0.1), []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    assert calls == ["before", "after"]
