@@ -59,7 +59,8 @@ static void bind_softmax_kl(py::module_& m) {
         expect(teacher.ndim() == 2 && student.ndim() == 2 && teacher.shape(0) == student.shape(0) &&
                    teacher.shape(1) == student.shape(1) && loss.size() == teacher.shape(0) && teacher.shape(1) > 0,
                "teacher and student must be (N, V), V > 0, and loss (N,)");
-        float *t = out(teacher), *s = out(student), *l = out(loss);
+        const float* const t = teacher.data();
+        float *s = out(student), *l = out(loss);
         const int64_t rows = teacher.shape(0), columns = teacher.shape(1);
         const py::gil_scoped_release release;
         softmax_kl_rows(t, s, rows, columns, softcap, need_grad, l, threads);

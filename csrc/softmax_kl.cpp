@@ -1,7 +1,9 @@
 #include "softmax_kl.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "simd.hpp"
 #include "threads.hpp"
@@ -15,11 +17,13 @@
 
 namespace e2e {
 
-void softmax_kl_rows(float* teacher, float* student, int64_t rows, int64_t columns, float softcap, bool need_grad,
+void softmax_kl_rows(const float* teacher, float* student, int64_t rows, int64_t columns, float softcap, bool need_grad,
                      float* loss, int threads) {
-  parallel_for(rows, 1, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r)
-      loss[r] = E2E_DISPATCH(softmax_kl_row, teacher + r * columns, student + r * columns, columns, softcap, need_grad);
+  std::vector<std::vector<float>> scratch(std::max(threads, 1));
+  parallel_jobs(rows, threads, [&](int64_t r, int slot) {
+    scratch[slot].resize(columns);
+    loss[r] = E2E_DISPATCH(softmax_kl_row, teacher + r * columns, student + r * columns, columns, softcap, need_grad,
+                           scratch[slot].data());
   });
 }
 

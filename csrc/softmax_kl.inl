@@ -62,10 +62,10 @@ E2E_INLINE float row_max(const float* z, int64_t n) {
 
 E2E_INLINE Lanes cap(Lanes z, float limit, float inverse) { return limit * tanh(z * inverse); }
 
-E2E_INLINE void cap_row(float* z, int64_t n, float limit) {
+E2E_INLINE void cap_row(const float* z, int64_t n, float limit, float* capped) {
   const float inverse = 1 / limit;
-  E2E_EACH_REGISTER(i, n, store(z + i, cap(load(z + i), limit, inverse)),
-                    store_part(z + i, cap(load_part(z + i, m, 0), limit, inverse), m))
+  E2E_EACH_REGISTER(i, n, store(capped + i, cap(load(z + i), limit, inverse)),
+                    store_part(capped + i, cap(load_part(z + i, m, 0), limit, inverse), m))
 }
 
 struct Sums {
@@ -82,8 +82,8 @@ E2E_INLINE void accumulate(Lanes& t, Lanes& s, Lanes& sum_t, Lanes& sum_s, Lanes
   cross += t == 0.f ? Lanes{} : t * gap;  // e_t = 0 may stand beside t - s = -inf or NaN
 }
 
-/// The three sums; leaves e_t = exp(t - max_t) in `t` and, if so asked, e_s in `s`.
-E2E_INLINE Sums row_sums(float* t, float* s, int64_t n, float max_t, float max_s, bool keep_s) {
+/// The three sums; e_t = exp(t - max_t) goes to its own row, which may be t's, and e_s to `s` if so asked.
+E2E_INLINE Sums row_sums(const float* t, float* s, int64_t n, float max_t, float max_s, bool keep_s, float* exp_t) {
   constexpr int64_t kSegment = 2048;
   Sums sums{0, 0, 0};
   for (int64_t start = 0; start < n; start += kSegment) {
@@ -93,13 +93,13 @@ E2E_INLINE Sums row_sums(float* t, float* s, int64_t n, float max_t, float max_s
     for (; i + kLanes <= end; i += kLanes) {
       Lanes e_t = load(t + i) - max_t, e_s = load(s + i) - max_s;
       accumulate(e_t, e_s, sum_t, sum_s, cross);
-      store(t + i, e_t);
+      store(exp_t + i, e_t);
       if (keep_s) store(s + i, e_s);
     }
     if (i < end) {
       Lanes e_t = load_part(t + i, end - i, -INFINITY) - max_t, e_s = load_part(s + i, end - i, -INFINITY) - max_s;
       accumulate(e_t, e_s, sum_t, sum_s, cross);
-      store_part(t + i, e_t, end - i);
+      store_part(exp_t + i, e_t, end - i);
       if (keep_s) store_part(s + i, e_s, end - i);
     }
     sums.teacher += sum(sum_t);
@@ -127,16 +127,17 @@ E2E_INLINE void row_gradient(const float* e_t, float* s, int64_t n, const Gradie
                     store_part(s + i, difference(load_part(e_t + i, m, 0), load_part(s + i, m, 0), row), m))
 }
 
-/// One row; returns its loss.
-static float softmax_kl_row(float* t, float* s, int64_t n, float softcap, bool need_grad) {
+/// One row; returns its loss. `scratch` (n) is overwritten.
+static float softmax_kl_row(const float* t, float* s, int64_t n, float softcap, bool need_grad, float* scratch) {
   if (softcap > 0) {
-    cap_row(t, n, softcap);
-    cap_row(s, n, softcap);
+    cap_row(t, n, softcap, scratch);
+    cap_row(s, n, softcap, s);
+    t = scratch;
   }
   const float max_t = row_max(t, n), max_s = row_max(s, n);
-  const Sums sums = row_sums(t, s, n, max_t, max_s, need_grad && softcap <= 0);  // a cap needs s again
+  const Sums sums = row_sums(t, s, n, max_t, max_s, need_grad && softcap <= 0, scratch);  // a cap needs s again
   if (need_grad)
-    row_gradient(t, s, n,
+    row_gradient(scratch, s, n,
                  {max_s, static_cast<float>(sums.student / sums.teacher), static_cast<float>(1 / sums.student),
                   softcap > 0 ? 1 / softcap : 0});
   return static_cast<float>(sums.cross / sums.teacher + __builtin_log(sums.student) - __builtin_log(sums.teacher));

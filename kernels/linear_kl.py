@@ -169,8 +169,8 @@ def _linear_kl_shared(
             if core is None:
                 loss[s, rows], dz = _rows(z_t, z_s, softcap)
             else:
-                scratch, out = z_t.clone(), loss[s, rows]  # the kernel writes over the teacher's logits
-                core.softmax_kl_rows(scratch.numpy(), z_s.numpy(), softcap or 0.0, need_grad, out.numpy(), threads)
+                out = loss[s, rows]
+                core.softmax_kl_rows(z_t.numpy(), z_s.numpy(), softcap or 0.0, need_grad, out.numpy(), threads)
                 dz = z_s
             if need_grad:
                 dstudents[s, rows] = linear(dz, w.t()).to(students.dtype)
