@@ -65,6 +65,9 @@ SCREENED_SHARE = 64
 SCREENED_WIDTH = 64
 """Screening pays from this D on."""
 
+SCREENED_ROWS = 64
+"""Screening pays from so many tokens on: it rounds the whole weight first."""
+
 WIDENING = 4
 """BatchTopK looks at this many times k features of a token, and at as many times more where those do not suffice."""
 
@@ -290,7 +293,8 @@ def _select_rows(
     """
     threads = torch.get_num_threads()
     selection = core.Selection(x.shape[0], k, -1 if k else limit)
-    if floor is None and x.shape[1] >= SCREENED_WIDTH and k * SCREENED_SHARE <= w.shape[0]:
+    pays = x.shape[0] >= SCREENED_ROWS and x.shape[1] >= SCREENED_WIDTH and k * SCREENED_SHARE <= w.shape[0]
+    if floor is None and pays:
         for precision in filter(core.native_precision, SCREENING):
             if selection.screen(x.numpy(), w.numpy(), array(b), precision, SCREENED_SHARE, threads):
                 return selection
