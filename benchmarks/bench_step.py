@@ -69,20 +69,18 @@ def test_step(duel: Callable[..., Any], kind: str, l0: float | None) -> None:
         f"{kind} step {'at L0 50' if l0 else 'at initialisation'}",
         run_ours,
         run_baseline,
-        floor=lambda: floor(lm, ours, tokens),
+        floor=lambda: floor(lm, tokens),
     )
 
 
-def local_floor(lm: Any, sae: SAE, tokens: torch.Tensor) -> None:
-    """The prefix and the encoder's product; the sparse rest counts as free."""
-    x = lm.original(tokens, at=POSITION, suffix=False)[POSITION]
-    linear(x.flatten(0, 1), sae.W_enc.detach())
+def local_floor(lm: Any, tokens: torch.Tensor) -> None:
+    """The prefix; the SAE counts as free."""
+    lm.original(tokens, at=POSITION, suffix=False)
 
 
-def e2e_floor(lm: Any, sae: SAE, tokens: torch.Tensor) -> None:
-    """Prefix and teacher, the encoder's product, the student and its gradient, three products with the unembedding."""
+def e2e_floor(lm: Any, tokens: torch.Tensor) -> None:
+    """Prefix and teacher, the student and its gradient, three products with the unembedding; the rest as free."""
     original = lm.original(tokens, at=POSITION)
-    linear(original[POSITION].flatten(0, 1), sae.W_enc.detach())
     x = original[POSITION].clone().requires_grad_()
     hidden = original.splice(x).final
     hidden.backward(torch.ones_like(hidden))
