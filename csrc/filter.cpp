@@ -11,13 +11,8 @@
 #include "threads.hpp"
 #include "simd.hpp"
 
-#if defined(__x86_64__)
+#if E2E_X86
 #include <immintrin.h>
-#define E2E_X86 1
-#define E2E_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
-#else
-#define E2E_X86 0
-#define E2E_CLONES
 #endif
 
 namespace e2e {

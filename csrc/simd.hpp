@@ -3,6 +3,15 @@
 
 #include <string>
 
+#if defined(__x86_64__)
+#define E2E_X86 1
+/// Compiles a function once for each instruction set; the loader chooses.
+#define E2E_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
+#else
+#define E2E_X86 0
+#define E2E_CLONES
+#endif
+
 namespace e2e {
 
 enum class Simd { baseline = 0, avx2 = 1, avx512 = 2 };

@@ -33,8 +33,8 @@ def decode(
     code: SparseCode | JumpCode,
     weight: Tensor,
     bias: Tensor | None = None,
-    *,
     normalize: bool = True,
+    *,
     inverse_norms: Tensor | None = None,
 ) -> Tensor:
     """Weighted sum of dictionary rows: ``(values[..., None] * unit(weight)[indices]).sum(-2) + bias``.

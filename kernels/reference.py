@@ -97,9 +97,7 @@ def encode_jump_relu(
     return JumpCode(values, indices, count, count - pull.sum(-1), band.gather(1, indices) & used)
 
 
-def decode(
-    code: SparseCode | JumpCode, weight: Tensor, bias: Tensor | None = None, *, normalize: bool = True
-) -> Tensor:
+def decode(code: SparseCode | JumpCode, weight: Tensor, bias: Tensor | None = None, normalize: bool = True) -> Tensor:
     """Weighted sum of dictionary rows: ``(values[..., None] * unit(weight)[indices]).sum(-2) + bias``.
 
     code.values, code.indices (N, K); weight (F, D), rows need not be unit; returns (N, D). With ``normalize`` the

@@ -137,3 +137,11 @@ def test_scattering_a_code_to_dense_and_back_changes_nothing():
     back = SparseCode.from_dense(code.to_dense(30))
     for a, b in zip(code, back, strict=True):
         assert torch.equal(a, b)
+
+
+def test_normalize_is_the_fourth_argument_of_decode_as_the_contract_says():
+    code = kernels.SparseCode(torch.tensor([[2.0]]), torch.tensor([[1]], dtype=torch.int32), torch.tensor([1]))
+    weight = torch.tensor([[1.0, 0.0], [0.0, 5.0]])
+    for decode in (kernels.decode, kernels.reference.decode):
+        assert decode(code, weight, None, False).tolist() == [[0.0, 10.0]]
+        assert decode(code, weight, None, True).tolist() == [[0.0, 2.0]]
