@@ -12,8 +12,6 @@ import transformers
 
 from benchmarks import straightforward
 from e2e_fast import SAE, load_lm, losses
-from e2e_fast.kernels._gemm import linear, row_chunks
-from e2e_fast.kernels.linear_kl import CHUNK_BYTES
 from e2e_fast.step import training_step
 
 LAYER, POSITION, SPARSITY = 2, "blocks.2.hook_resid_pre", 1.0
@@ -64,27 +62,14 @@ def test_step(duel: Callable[..., Any], kind: str, l0: float | None) -> None:
         (ours.W_dec.grad, theirs.decoder.weight.grad.T),
     ):
         assert (got - want).norm() <= 1e-3 * want.norm()
-    floor = local_floor if kind == "local" else e2e_floor
     duel(
         f"{kind} step {'at L0 50' if l0 else 'at initialisation'}",
         run_ours,
         run_baseline,
-        floor=lambda: floor(lm, tokens),
+        floor=(lambda: prefix(lm, tokens)) if kind == "local" else None,
     )
 
 
-def local_floor(lm: Any, tokens: torch.Tensor) -> None:
-    """The prefix; the SAE counts as free."""
+def prefix(lm: Any, tokens: torch.Tensor) -> None:
+    """A local step's floor: the model's first blocks; the SAE counts as free."""
     lm.original(tokens, at=POSITION, suffix=False)
-
-
-def e2e_floor(lm: Any, tokens: torch.Tensor) -> None:
-    """Prefix and teacher, the student and its gradient, three products with the unembedding; the rest as free."""
-    original = lm.original(tokens, at=POSITION)
-    x = original[POSITION].clone().requires_grad_()
-    hidden = original.splice(x).final
-    hidden.backward(torch.ones_like(hidden))
-    weight, flat = lm.unembed.weight, hidden.detach().flatten(0, 1)
-    for rows in row_chunks(flat.shape[0], 4 * weight.shape[0], CHUNK_BYTES):
-        linear(flat[rows], weight)
-        linear(linear(flat[rows], weight), weight.t())

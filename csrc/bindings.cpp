@@ -8,8 +8,8 @@
 
 #include "assignment.hpp"
 #include "filter.hpp"
+#include "linear_kl.hpp"
 #include "simd.hpp"
-#include "softmax_kl.hpp"
 #include "sparse.hpp"
 
 namespace py = pybind11;
@@ -52,21 +52,42 @@ static T* out(MaybeArray<T>& a) {
   return a ? a->mutable_data() : nullptr;
 }
 
-static void bind_softmax_kl(py::module_& m) {
+static LinearKl linear_kl_job(const Array<float>& students, const Array<float>& teacher, const Array<float>& weight,
+                              const MaybeArray<float>& bias, float softcap) {
+  expect(students.ndim() == 3 && teacher.ndim() == 2 && weight.ndim() == 2 && students.shape(1) == teacher.shape(0) &&
+             students.shape(2) == teacher.shape(1) && teacher.shape(1) == weight.shape(1) && weight.shape(0) > 0,
+         "students must be (S, N, D), teacher (N, D) and weight (V, D), V > 0");
+  expect(!bias || bias->size() == weight.shape(0), "bias must be (V,)");
+  return {students.data(),   teacher.data(),    weight.data(),   in(bias), students.shape(0), teacher.shape(0),
+          teacher.shape(1), weight.shape(0), softcap, nullptr,  nullptr};
+}
+
+static void bind_linear_kl(py::module_& m) {
   m.def(
-      "softmax_kl_rows",
-      [](Array<float> teacher, Array<float> student, float softcap, bool need_grad, Array<float> loss, int threads) {
-        expect(teacher.ndim() == 2 && student.ndim() == 2 && teacher.shape(0) == student.shape(0) &&
-                   teacher.shape(1) == student.shape(1) && loss.size() == teacher.shape(0) && teacher.shape(1) > 0,
-               "teacher and student must be (N, V), V > 0, and loss (N,)");
-        const float* const t = teacher.data();
-        float *s = out(student), *l = out(loss);
-        const int64_t rows = teacher.shape(0), columns = teacher.shape(1);
-        const py::gil_scoped_release release;
-        softmax_kl_rows(t, s, rows, columns, softcap, need_grad, l, threads);
+      "linear_kl_scratch",
+      [](int64_t S, int64_t N, int64_t D, int64_t V, bool need_grad, int threads) {
+        LinearKl job{};
+        float some = 0;
+        job.S = S, job.N = N, job.D = D, job.V = V, job.dstudents = need_grad ? &some : nullptr;
+        return linear_kl_scratch(job, threads);
       },
-      py::arg("teacher").noconvert(), py::arg("student").noconvert(), py::arg("softcap"), py::arg("need_grad"),
-      py::arg("loss").noconvert(), py::arg("threads"));
+      py::arg("S"), py::arg("N"), py::arg("D"), py::arg("V"), py::arg("need_grad"), py::arg("threads"));
+  m.def(
+      "linear_kl",
+      [](Array<float> students, Array<float> teacher, Array<float> weight, MaybeArray<float> bias, float softcap,
+         Array<float> loss, MaybeArray<float> dstudents, Array<float> scratch, int threads) {
+        LinearKl job = linear_kl_job(students, teacher, weight, bias, softcap);
+        expect(loss.size() == job.S * job.N, "loss must be (S, N)");
+        expect(!dstudents || dstudents->size() == students.size(), "dstudents must have students' shape");
+        job.loss = out(loss), job.dstudents = out(dstudents);
+        expect(scratch.size() >= linear_kl_scratch(job, threads), "scratch must have linear_kl_scratch() elements");
+        float* const memory = out(scratch);
+        const py::gil_scoped_release release;
+        linear_kl(job, memory, threads);
+      },
+      py::arg("students").noconvert(), py::arg("teacher").noconvert(), py::arg("weight").noconvert(),
+      py::arg("bias").noconvert(), py::arg("softcap"), py::arg("loss").noconvert(), py::arg("dstudents").noconvert(),
+      py::arg("scratch").noconvert(), py::arg("threads"));
   const auto elementwise = [&m](const char* name, void (*f)(const float*, float*, int64_t)) {
     m.def(
         name,
@@ -489,7 +510,7 @@ static void bind_assignment(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ core of e2e_fast";
   bind_simd(m);
-  bind_softmax_kl(m);
+  bind_linear_kl(m);
   bind_sparse(m);
   bind_assignment(m);
 }

@@ -27,12 +27,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from e2e_fast.kernels._buffers import empty
 from e2e_fast.kernels._checks import accumulator, check_bias, check_matrix
-from e2e_fast.kernels._gemm import linear, row_chunks
-from e2e_fast.kernels._native import native
-
-CHUNK_BYTES = 24 << 20
-"""Bytes of one chunk of logits on CPU, two at a time. Larger than other chunks: each reads the whole unembedding."""
+from e2e_fast.kernels._gemm import CHUNK_BYTES, linear, row_chunks
+from e2e_fast.kernels._native import array, native
 
 
 def linear_kl(
@@ -87,22 +85,34 @@ def linear_kl_shared(
 def _linear_kl(
     student: Tensor, teacher: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, need_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    dtype = accumulator(student, teacher, weight)
-    h_s, h_t, w = student.detach().to(dtype), teacher.detach().to(dtype), weight.detach().to(dtype)
-    b = None if bias is None else bias.detach().to(dtype)
-    loss = torch.empty(student.shape[0], dtype=dtype)
-    dstudent = torch.empty_like(student, memory_format=torch.contiguous_format) if need_grad else student.new_empty(0)
-    core, threads = native() if dtype == torch.float32 else None, torch.get_num_threads()
-    for rows in row_chunks(student.shape[0], 4 * weight.shape[0], CHUNK_BYTES):
-        z_t, z_s = linear(h_t[rows], w, b), linear(h_s[rows], w, b)
-        if core is None:
-            loss[rows], dz = _rows(z_t, z_s, softcap)
-        else:
-            core.softmax_kl_rows(z_t.numpy(), z_s.numpy(), softcap or 0.0, need_grad, loss[rows].numpy(), threads)
-            dz = z_s
-        if need_grad:
-            dstudent[rows] = linear(dz, w.t()).to(student.dtype)
-    return loss, dstudent
+    loss, dstudents = _cpu(student[None], teacher, weight, bias, softcap, need_grad)
+    return loss[0], dstudents[0] if need_grad else dstudents
+
+
+def _cpu(
+    students: Tensor, teacher: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, need_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """Losses (S, N) and gradients (S, N, D) in students' dtype, or shape (0,)."""
+    dtype = accumulator(students, teacher, weight)
+    core = native() if dtype == torch.float32 else None
+    h_s, h_t, w, b = (None if t is None else t.detach().to(dtype) for t in (students, teacher, weight, bias))
+    loss = torch.empty(students.shape[:2], dtype=dtype)
+    dstudents = torch.empty(students.shape, dtype=dtype) if need_grad else None
+    if core is not None:
+        threads, (S, N, D), V = torch.get_num_threads(), students.shape, weight.shape[0]
+        scratch = empty(core.linear_kl_scratch(S, N, D, V, need_grad, threads))
+        core.linear_kl(
+            array(h_s), array(h_t), array(w), array(b), softcap or 0.0,
+            loss.numpy(), array(dstudents), array(scratch), threads,
+        )  # fmt: skip
+    else:
+        for rows in row_chunks(teacher.shape[0], 4 * weight.shape[0], CHUNK_BYTES):
+            z_t = linear(h_t[rows], w, b)
+            for s in range(students.shape[0]):
+                loss[s, rows], dz = _rows(z_t, linear(h_s[s, rows], w, b), softcap)
+                if dstudents is not None:
+                    dstudents[s, rows] = linear(dz, w.t())
+    return loss, students.new_empty(0) if dstudents is None else dstudents.to(students.dtype)
 
 
 def _rows(z_t: Tensor, z_s: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
@@ -154,27 +164,7 @@ _linear_kl.register_autograd(_backward, setup_context=_setup_context)
 def _linear_kl_shared(
     students: Tensor, teacher: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, need_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    dtype = accumulator(students, teacher, weight)
-    h_s, h_t, w = students.detach().to(dtype), teacher.detach().to(dtype), weight.detach().to(dtype)
-    b = None if bias is None else bias.detach().to(dtype)
-    S, N, _ = students.shape
-    loss = torch.empty(S, N, dtype=dtype)
-    empty = students.new_empty(0)
-    dstudents = torch.empty_like(students, memory_format=torch.contiguous_format) if need_grad else empty
-    core, threads = native() if dtype == torch.float32 else None, torch.get_num_threads()
-    for rows in row_chunks(N, 4 * weight.shape[0], CHUNK_BYTES):
-        z_t = linear(h_t[rows], w, b)
-        for s in range(S):
-            z_s = linear(h_s[s, rows], w, b)
-            if core is None:
-                loss[s, rows], dz = _rows(z_t, z_s, softcap)
-            else:
-                out = loss[s, rows]
-                core.softmax_kl_rows(z_t.numpy(), z_s.numpy(), softcap or 0.0, need_grad, out.numpy(), threads)
-                dz = z_s
-            if need_grad:
-                dstudents[s, rows] = linear(dz, w.t()).to(students.dtype)
-    return loss, dstudents
+    return _cpu(students, teacher, weight, bias, softcap, need_grad)
 
 
 @_linear_kl_shared.register_fake

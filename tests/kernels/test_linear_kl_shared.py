@@ -51,17 +51,18 @@ def test_each_student_gets_what_it_gets_alone(route, dtype):
     assert not gradients[3].any()
 
 
-def test_the_teachers_logits_are_formed_once_a_chunk(route, monkeypatch):
+def test_without_the_core_the_teachers_logits_are_formed_once_a_chunk(monkeypatch):
     module = importlib.import_module("e2e_fast.kernels.linear_kl")
     students, teacher, weight, _ = inputs(3, 40, 8, 50)
-    monkeypatch.setattr(module, "CHUNK_BYTES", 16 * 4 * 50)  # chunks of 16 tokens: three
+    whole = losses_and_gradient(kernels.linear_kl_shared, students, teacher, weight)
     products = []
     linear = module.linear
+    monkeypatch.setattr(module, "native", lambda: None)
     monkeypatch.setattr(module, "linear", lambda *a: products.append(a[0].shape) or linear(*a))
-    whole = losses_and_gradient(kernels.linear_kl_shared, students, teacher, weight)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 16 * 4 * 50)  # chunks of 16 tokens: three
+    chunked = losses_and_gradient(kernels.linear_kl_shared, students, teacher, weight)
     assert len(products) == 3 * (1 + 2 * 3)
-    monkeypatch.undo()
-    torch.testing.assert_close(losses_and_gradient(kernels.linear_kl_shared, students, teacher, weight), whole)
+    torch.testing.assert_close(chunked, whole)
 
 
 def test_without_gradient_the_backward_products_are_skipped(route):
