@@ -95,7 +95,8 @@ def _cpu(
     """Losses (S, N) and gradients (S, N, D) in students' dtype, or shape (0,)."""
     dtype = accumulator(students, teacher, weight)
     core = native() if dtype == torch.float32 else None
-    h_s, h_t, w, b = (None if t is None else t.detach().to(dtype) for t in (students, teacher, weight, bias))
+    h_s, h_t, w = (t.detach().to(dtype) for t in (students, teacher, weight))
+    b = None if bias is None else bias.detach().to(dtype)
     loss = torch.empty(students.shape[:2], dtype=dtype)
     dstudents = torch.empty(students.shape, dtype=dtype) if need_grad else None
     if core is not None:
