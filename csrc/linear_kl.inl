@@ -9,7 +9,11 @@
 /// Tokens stand in lanes: B registers of them are a block, and everything of a block lies transposed, [row][token]. Maxima,
 /// sums and exponentials then never cross lanes, and W is read as it lies in memory.
 
-constexpr int64_t kRows = E2E_SIMD == 2 ? 8 : 4;  // rows of W times B ≤ 3 registers of tokens fill the register file
+#if E2E_SIMD == 2 || defined(__aarch64__)
+constexpr int64_t kRows = 8;  // of W: times B ≤ 3 registers of tokens they fill a register file of 32
+#else
+constexpr int64_t kRows = 4;  // of 16
+#endif
 constexpr int64_t kChunk = 128;                   // rows of W between two looks at the maxima
 constexpr int64_t kAhead = 12;                    // rows of W fetched before their use
 constexpr int64_t kLine = 16;                     // floats of a cache line
