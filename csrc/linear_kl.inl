@@ -86,7 +86,7 @@ E2E_INLINE void logits_tile(const float* w, const float* bias, const float* h, i
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 3
-    for (int b = 0; b < B; ++b) sum[r][b] = fill(bias ? bias[r] : 0);
+    for (int b = 0; b < B; ++b) sum[r][b] = Lanes{};
   for (int64_t d = 0; d < D; ++d) {
     __builtin_prefetch(w + R * (D + d));  // the next tile's rows
     __builtin_prefetch(soon + (d < R * B ? d : 0) * kLanes, 1);
@@ -103,7 +103,7 @@ E2E_INLINE void logits_tile(const float* w, const float* bias, const float* h, i
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 3
-    for (int b = 0; b < B; ++b) store(z + (r * B + b) * kLanes, sum[r][b]);
+    for (int b = 0; b < B; ++b) store(z + (r * B + b) * kLanes, sum[r][b] + (bias ? bias[r] : 0));
 }
 
 /// The logits [rows][tokens] of `rows` rows of W.

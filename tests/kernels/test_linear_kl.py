@@ -49,6 +49,12 @@ def test_soft_capped_logits_match_float64(route, softcap):
     compare(*inputs(19, 24, 1000, 0.2), softcap=softcap)
 
 
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_a_large_bias_is_rounded_once(route, softcap):
+    student, teacher, weight, bias = inputs(37, 82, 313, 0.1)
+    compare(student, teacher, weight, 30 * bias, softcap=softcap)
+
+
 def test_bfloat16_inputs_keep_float32_logits(route):
     compare(*inputs(31, 64, 3001, 0.1, torch.bfloat16))
     student, teacher, weight, bias = inputs(31, 64, 3001, 0.03, torch.bfloat16)
