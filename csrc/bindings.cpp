@@ -11,6 +11,7 @@
 #include "linear_kl.hpp"
 #include "simd.hpp"
 #include "sparse.hpp"
+#include "threads.hpp"
 
 namespace py = pybind11;
 using namespace e2e;
@@ -25,6 +26,11 @@ static void bind_simd(py::module_& m) {
   m.def("simd_best", [] { return simd_name(simd_best()); });
   m.def("simd_level", [] { return simd_name(simd_level()); });
   m.def("simd_force", [](const std::string& name) { simd_force(simd_from_name(name)); }, py::arg("level"));
+}
+
+static void bind_threads(py::module_& m) {
+  m.def("runtime", [] { return runtime() == Runtime::openmp ? "OpenMP" : "std::thread"; });
+  m.def("force_own_threads", &force_own_threads, py::arg("own"));
 }
 
 /// A C-contiguous array of T. With noconvert() a wrong dtype or layout is refused, else converted.
@@ -510,6 +516,7 @@ static void bind_assignment(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ core of e2e_fast";
   bind_simd(m);
+  bind_threads(m);
   bind_linear_kl(m);
   bind_sparse(m);
   bind_assignment(m);

@@ -3,13 +3,19 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <cstring>
 #include <exception>
 #include <mutex>
+#include <string>
 #include <system_error>
 #include <thread>
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
+#endif
+#if defined(__linux__)
+#include <dlfcn.h>
+#include <link.h>
 #endif
 
 namespace e2e {
@@ -40,6 +46,51 @@ struct Loop {
 
 /// Set on the pool's workers, and on a caller while its loop runs: a loop inside a loop stays on its thread.
 thread_local bool inside = false;
+
+std::atomic<bool> forked{false};     // in a child of the process that loaded this library: its OpenMP threads are gone
+std::atomic<bool> own_forced{false};
+
+// ---- the threads that torch uses --------------------------------------------------------------------------------------
+
+/// GNU's entry to a parallel region, which Intel's and LLVM's runtimes have too: region(data) on every thread of a team.
+using ParallelRegion = void (*)(void (*region)(void*), void* data, unsigned threads, unsigned flags);
+
+/// The runtime that torch itself would reach: the global scope comes first, then what libtorch depends on (Python loads
+/// it privately).
+ParallelRegion find_openmp() {
+#if defined(__linux__)
+  constexpr const char* kName = "GOMP_parallel";
+  void* symbol = dlsym(RTLD_DEFAULT, kName);
+  if (symbol) return reinterpret_cast<ParallelRegion>(symbol);
+  std::string torch;
+  dl_iterate_phdr(
+      [](dl_phdr_info* library, size_t, void* name) {
+        if (!std::strstr(library->dlpi_name, "libtorch_cpu")) return 0;
+        *static_cast<std::string*>(name) = library->dlpi_name;
+        return 1;
+      },
+      &torch);
+  void* const handle = torch.empty() ? nullptr : dlopen(torch.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+  if (handle) symbol = dlsym(handle, kName);  // the handle is kept: Python never unloads torch
+  return reinterpret_cast<ParallelRegion>(symbol);
+#else
+  return nullptr;
+#endif
+}
+
+/// Looked up at the first loop.
+ParallelRegion openmp() {
+  static const ParallelRegion found = find_openmp();
+  return forked || own_forced ? nullptr : found;
+}
+
+void run_region(void* loop) {
+  inside = true;
+  static_cast<Loop*>(loop)->work();
+  inside = false;
+}
+
+// ---- threads of our own -------------------------------------------------------------------------------------------------
 
 /// Lives until the process ends: its workers wait, and joining them at exit would only invite deadlocks.
 class Pool {
@@ -88,22 +139,28 @@ class Pool {
 Pool* pool = nullptr;
 std::mutex pool_mutex;
 
-/// The pool, made at the first call. A forked child inherits none of the threads: it forgets the parent's pool.
-Pool& the_pool() {
 #if defined(__unix__) || defined(__APPLE__)
-  static const int registered = pthread_atfork(
-      [] { pool_mutex.lock(); }, [] { pool_mutex.unlock(); },
-      [] {
-        pool = nullptr;  // leaked on purpose: its mutexes are in an unknown state
-        pool_mutex.unlock();
-      });
-  (void)registered;
+/// A forked child inherits no thread but its caller: it forgets the parent's pool, and OpenMP, which would wait for its own.
+[[maybe_unused]] const int registered = pthread_atfork(
+    [] { pool_mutex.lock(); }, [] { pool_mutex.unlock(); },
+    [] {
+      pool = nullptr;  // leaked on purpose: its mutexes are in an unknown state
+      forked = true;
+      pool_mutex.unlock();
+    });
 #endif
+
+/// Made at the first call.
+Pool& the_pool() {
   if (!pool) pool = new Pool;
   return *pool;
 }
 
 }  // namespace
+
+Runtime runtime() { return openmp() ? Runtime::openmp : Runtime::own; }
+
+void force_own_threads(bool own) { own_forced = own; }
 
 void parallel_for(int64_t count, int64_t grain, int threads, const std::function<void(int64_t, int64_t)>& body) {
   if (count <= 0) return;
@@ -113,6 +170,9 @@ void parallel_for(int64_t count, int64_t grain, int threads, const std::function
   Loop loop{.count = count, .grain = grain, .body = body};
   if (helpers <= 0 || inside) {
     loop.work();
+  } else if (const ParallelRegion region = openmp()) {
+    // The whole team even where the pieces are fewer: libgomp ends the threads that a smaller team leaves out.
+    region(run_region, &loop, static_cast<unsigned>(threads), 0);
   } else {
     const std::lock_guard lock(pool_mutex);
     inside = true;

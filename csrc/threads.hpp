@@ -1,4 +1,8 @@
-/// A pool of std::thread workers. torch brings its own OpenMP runtime; a second one in the process would fight it.
+/// Loops on several threads: those of the OpenMP runtime that the process has loaded (torch's), else a pool of std::thread.
+///
+/// OpenMP's threads spin for about a millisecond after a region. Threads of our own would have to wait for them to be
+/// scheduled, and torch's next region for ours; loops on the same threads follow each other without a pause. The runtime is
+/// looked up in the running process, so nothing is linked to it.
 #pragma once
 
 #include <algorithm>
@@ -9,9 +13,18 @@
 
 namespace e2e {
 
+enum class Runtime { own, openmp };
+
+/// What loops run on: `own` where no OpenMP runtime is loaded, in forked children (an OpenMP runtime does not survive a
+/// fork) and after `force_own_threads(true)`.
+Runtime runtime();
+
+/// For tests: `own` from now on, or again what was found.
+void force_own_threads(bool own);
+
 /// Runs `body(begin, end)` over [0, count) in pieces of at most `grain`, on up to `threads` threads, the caller among
 /// them. Which thread takes which piece varies, so results must not depend on it. The first exception is rethrown.
-/// One call runs at a time; a nested call runs on its own thread alone.
+/// Any number of callers; a nested call runs on its own thread alone.
 void parallel_for(int64_t count, int64_t grain, int threads, const std::function<void(int64_t, int64_t)>& body);
 
 /// `body(job, slot)` for every job in [0, jobs), each once. Of the slots [0, threads) each is one running body's alone:

@@ -1,48 +1,8 @@
-// parallel_for: every piece once, exceptions come back, nesting and many callers are safe.
-#include <atomic>
-#include <chrono>
-#include <stdexcept>
-#include <thread>
-
-#include "check.hpp"
-#include "threads.hpp"
-
-using e2e::parallel_for;
+// Loops on threads of our own: nothing has loaded an OpenMP runtime here.
+#include "loops.hpp"
 
 int main() {
-  for (int64_t count : {0, 1, 7, 1000})
-    for (int64_t grain : {0, 1, 3, 5000})
-      for (int threads : {0, 1, 2, 5}) {
-        std::vector<std::atomic<int>> seen(count);
-        parallel_for(count, grain, threads, [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; ++i) ++seen[i];
-        });
-        for (const auto& n : seen) CHECK(n == 1);
-      }
-
-  CHECK(throws<std::runtime_error>([] {
-    parallel_for(100, 1, 3, [](int64_t begin, int64_t) {
-      if (begin == 50) throw std::runtime_error("fifty");
-    });
-  }));
-  std::atomic<int> after{0};
-  parallel_for(10, 1, 3, [&](int64_t, int64_t) { ++after; });
-  CHECK(after == 10);
-
-  std::atomic<int> nested{0};
-  parallel_for(8, 1, 3, [&](int64_t, int64_t) {
-    std::this_thread::sleep_for(std::chrono::milliseconds(2));  // so that the workers take part
-    parallel_for(8, 1, 3, [&](int64_t, int64_t) { ++nested; });
-  });
-  CHECK(nested == 64);
-
-  std::atomic<int> total{0};
-  std::vector<std::thread> callers;
-  for (int c = 0; c < 4; ++c)
-    callers.emplace_back([&] {
-      for (int i = 0; i < 200; ++i) parallel_for(16, 1, 3, [&](int64_t, int64_t) { ++total; });
-    });
-  for (std::thread& caller : callers) caller.join();
-  CHECK(total == 4 * 200 * 16);
+  CHECK(e2e::runtime() == e2e::Runtime::own);
+  loops_hold();
   return failures();
 }
