@@ -114,26 +114,23 @@ static Precision precision_from_name(const std::string& name) {
   throw std::invalid_argument("precision must be 'float32', 'bfloat16' or 'int8', got '" + name + "'");
 }
 
-static void bind_sparse(py::module_& m) {
-  m.def("keep_freed_memory", keep_freed_memory, py::arg("bytes"));
-  m.def("prefer_huge_pages", [](Array<uint8_t> bytes) { prefer_huge_pages(out(bytes), bytes.size()); },
-        py::arg("bytes").noconvert());
-
-  py::class_<Selection>(m, "Selection")
-      .def(py::init<int64_t, int64_t, int64_t>(), py::arg("rows"), py::arg("k"), py::arg("limit"))
+/// What Selection and Positives share.
+template <class Scores>
+static void bind_scores(py::class_<Scores> scores) {
+  scores
       .def(
           "add",
-          [](Selection& self, Array<float> scores, int64_t first, int threads) {
-            expect(scores.ndim() == 2 && scores.shape(0) == self.rows(), "scores must be (N, features of the block)");
-            const float* const data = scores.data();
-            const int64_t columns = scores.shape(1);
+          [](Scores& self, Array<float> block, int64_t first, int threads) {
+            expect(block.ndim() == 2 && block.shape(0) == self.rows(), "scores must be (N, features of the block)");
+            const float* const data = block.data();
+            const int64_t columns = block.shape(1);
             const py::gil_scoped_release release;
             self.add(data, columns, first, threads);
           },
           py::arg("scores").noconvert(), py::arg("first"), py::arg("threads"))
       .def(
           "screen",
-          [](Selection& self, Array<float> x, Array<float> weight, MaybeArray<float> bias, const std::string& precision,
+          [](Scores& self, Array<float> x, Array<float> weight, MaybeArray<float> bias, const std::string& precision,
              int64_t share, int threads) {
             expect(x.ndim() == 2 && weight.ndim() == 2 && x.shape(0) == self.rows() && x.shape(1) == weight.shape(1) &&
                        (!bias || bias->size() == weight.shape(0)),
@@ -145,10 +142,9 @@ static void bind_sparse(py::module_& m) {
           },
           py::arg("x").noconvert(), py::arg("weight").noconvert(), py::arg("bias").noconvert(), py::arg("precision"),
           py::arg("share"), py::arg("threads"))
-      .def("fullest", &Selection::fullest)
       .def(
           "finish",
-          [](Selection& self, Array<float> values, Array<int32_t> indices, Array<int32_t> count, int threads) {
+          [](Scores& self, Array<float> values, Array<int32_t> indices, Array<int32_t> count, int threads) {
             expect(values.ndim() == 2 && values.shape(0) == self.rows() && indices.size() == values.size() &&
                        count.size() == self.rows(),
                    "values and indices must be (N, K), count (N,)");
@@ -160,6 +156,17 @@ static void bind_sparse(py::module_& m) {
           },
           py::arg("values").noconvert(), py::arg("indices").noconvert(), py::arg("count").noconvert(),
           py::arg("threads"));
+}
+
+static void bind_sparse(py::module_& m) {
+  m.def("keep_freed_memory", keep_freed_memory, py::arg("bytes"));
+  m.def("prefer_huge_pages", [](Array<uint8_t> bytes) { prefer_huge_pages(out(bytes), bytes.size()); },
+        py::arg("bytes").noconvert());
+
+  bind_scores(py::class_<Selection>(m, "Selection").def(py::init<int64_t, int64_t>(), py::arg("rows"), py::arg("k")));
+  bind_scores(py::class_<Positives>(m, "Positives")
+                  .def(py::init<int64_t, int64_t>(), py::arg("rows"), py::arg("limit"))
+                  .def("fullest", &Positives::fullest));
 
   m.def(
       "decode",

@@ -1,4 +1,4 @@
-// Selection::screen: an encoder's candidates from low-precision products, and their float32 scores.
+// Selection::screen and Positives::screen: an encoder's candidates from low-precision products, and their float32 scores.
 //
 // With xq, wq the stored (int8 or bfloat16) row of x and of W and their scales multiplied back,
 //   |x·w - xq·wq|  <=  ‖x - xq‖ ‖w‖ + ‖xq‖ ‖w - wq‖
@@ -31,6 +31,13 @@ struct ColumnSide {
   alignas(64) float scale[kTileCols], norm[kTileCols], error[kTileCols], bias[kTileCols], slack[kTileCols];
 };
 
+/// A candidate: row of a block, column of a panel.
+struct Hit {
+  int32_t row, column;
+};
+
+constexpr int64_t kSpare = 4;  // hits written at once, whether they are there or not
+
 /// What a row contributes: the radius of a score is by_norm ‖w‖ + by_error ‖w - wq‖ + slack.
 struct RowSide {
   float scale, by_norm, by_error;
@@ -62,6 +69,8 @@ RoundedRow round_row(Precision precision, const float* x, int64_t n, void* store
   return {out[0], norm, up * std::sqrt(out[2]) + 0x1p-22f * norm};
 }
 
+}  // namespace
+
 /// Both sides, rounded and packed for the tiles.
 class Packed {
  public:
@@ -78,17 +87,33 @@ class Packed {
   /// Whether every number is finite, and every norm.
   bool finite() const { return finite_; }
   int64_t panels() const { return panels_; }
-  int64_t cached_rows() const { return std::clamp(kBlockBytes / (4 * words_) / kTileRows * kTileRows, kTileRows, int64_t{512}); }
+  /// Rows that a job takes of `rows`: what its cache holds, fewer where that would leave too few jobs for the threads.
+  int64_t job_rows(int64_t rows, int threads) const {
+    const int64_t even = (rows + 4 * threads - 1) / (4 * threads), cached = kBlockBytes / (4 * words_);
+    return std::clamp((std::min(even, cached) + kTileRows - 1) / kTileRows * kTileRows, kTileRows, int64_t{512});
+  }
 
   /// Candidates of rows r … r + 7 (r a multiple of 8) among the columns of panel p: found[i] of them at hits + 48 i.
   void screen(int64_t r, int64_t height, int64_t p, const float* limit, Candidate* hits, int32_t* found) const {
     alignas(64) float tile[kTileRows * kTileCols];
-    multiply(engine_, rows_.data + r * words_, columns_.data + p * words_ * kTileCols, words_, offset_.data() + r, tile);
+    multiply_panels(r, p, tile);
     E2E_DISPATCH(screen_tile, tile, height, row_side_.data() + r, column_side_[p], limit,
                  static_cast<int32_t>(p * kTileCols), hits, found);
   }
 
+  /// Of the same rows and columns those whose score may be positive: hits (row in the block that starts at `first`,
+  /// column in the panel). Returns how many; writes up to kSpare more.
+  int64_t screen_positive(int64_t first, int64_t r, int64_t height, int64_t p, Hit* hits) const {
+    alignas(64) float tile[kTileRows * kTileCols];
+    multiply_panels(r, p, tile);
+    return E2E_DISPATCH(positive_hits, tile, height, row_side_.data() + r, column_side_[p], static_cast<int32_t>(r - first), hits);
+  }
+
  private:
+  void multiply_panels(int64_t r, int64_t p, float* tile) const {
+    multiply(engine_, rows_.data + r * words_, columns_.data + p * words_ * kTileCols, words_, offset_.data() + r, tile);
+  }
+
   RoundedRow pack_row(const float* x, std::vector<uint32_t>& stored, std::vector<uint32_t>& scratch, uint32_t flip,
                       int64_t width, int64_t place, uint32_t* panel) {
     const RoundedRow row = round_row(precision_, x, job_.depth, stored.data());
@@ -152,8 +177,6 @@ class Packed {
   std::atomic<bool> finite_{true};
 };
 
-}  // namespace
-
 bool Selection::screen(const Scoring& job, Precision precision, int64_t share, int threads) {
   const Packed packed(job, rows(), precision, threads);
   if (!packed.finite()) return false;
@@ -171,11 +194,10 @@ bool Selection::screen(const Scoring& job, Precision precision, int64_t share, i
           for (int64_t i = 0; i < height; ++i)
             if (found[i]) append(rows_[r + i], hits.data() + i * kTileCols, found[i]);
         }
-      if (k_)
-        for (int64_t r = first; r < last; ++r) {
-          raise_bound(rows_[r]);
-          drop_losers(rows_[r]);
-        }
+      for (int64_t r = first; r < last; ++r) {
+        raise_bound(rows_[r]);
+        drop_losers(rows_[r]);
+      }
     });
   };
   const int64_t trial = std::min(rows(), kFirstRows);
@@ -186,39 +208,33 @@ bool Selection::screen(const Scoring& job, Precision precision, int64_t share, i
     rows_.assign(rows_.size(), Row());
     return false;
   }
-  const int64_t even = (rows() - trial + 4 * threads - 1) / (4 * threads);
-  screen_rows(trial, rows(), std::clamp((even + kTileRows - 1) / kTileRows * kTileRows, kTileRows, packed.cached_rows()));
+  screen_rows(trial, rows(), packed.job_rows(rows() - trial, threads));
   rescore(job, threads);
   return true;
 }
 
-/// Replaces bounds by float32 scores and drops what is not positive. With k first of the k most promising candidates:
-/// that raises the threshold by about the bound's radius, and few others are left.
+/// Replaces bounds by float32 scores and drops what is not positive. The k most promising candidates come first: that
+/// raises the threshold by about the bound's radius, and few others are left.
 void Selection::rescore(const Scoring& job, int threads) {
-  if (k_) {
-    parallel_for(rows(), kTileRows, threads, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        auto& kept = rows_[r].kept;
-        if (static_cast<int64_t>(kept.size()) > k_) std::nth_element(kept.begin(), kept.begin() + (k_ - 1), kept.end(), better);
-      }
-    });
-    score_first(k_, job, threads);
-    parallel_for(rows(), kTileRows, threads, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        Row& row = rows_[r];
-        row.best.clear();
-        for (const Candidate& c : row.kept) row.best.push_back(order(c.lower));
-        raise_bound(row);
-        drop_losers(row);
-      }
-    });
-  }
-  score_first(std::numeric_limits<int64_t>::max(), job, threads);
   parallel_for(rows(), kTileRows, threads, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      std::erase_if(rows_[r].kept, [](const Candidate& c) { return c.upper <= 0; });
-      rows_[r].active = static_cast<int64_t>(rows_[r].kept.size());
+      auto& kept = rows_[r].kept;
+      if (static_cast<int64_t>(kept.size()) > k_) std::nth_element(kept.begin(), kept.begin() + (k_ - 1), kept.end(), better);
     }
+  });
+  score_first(k_, job, threads);
+  parallel_for(rows(), kTileRows, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      Row& row = rows_[r];
+      row.best.clear();
+      for (const Candidate& c : row.kept) row.best.push_back(order(c.lower));
+      raise_bound(row);
+      drop_losers(row);
+    }
+  });
+  score_first(std::numeric_limits<int64_t>::max(), job, threads);
+  parallel_for(rows(), kTileRows, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) std::erase_if(rows_[r].kept, [](const Candidate& c) { return c.upper <= 0; });
   });
 }
 
@@ -249,6 +265,52 @@ void Selection::score_first(int64_t count, const Scoring& job, int threads) {
         c.upper = c.lower = z + (job.bias ? job.bias[j] : 0);
       }
   });
+}
+
+bool Positives::screen(const Scoring& job, Precision precision, int64_t share, int threads) {
+  const Packed packed(job, rows(), precision, threads);
+  if (!packed.finite()) return false;
+  const int64_t trial = std::min(rows(), kFirstRows);
+  divide(0, trial, kTileRows);
+  const int64_t trial_blocks = static_cast<int64_t>(blocks_.size());
+  std::atomic<int64_t> candidates{0};
+  parallel_jobs(trial_blocks, threads, [&](int64_t b, int) {
+    std::vector<Hit> hits(kTileRows * kTileCols + kSpare);
+    for (int64_t p = 0; p < packed.panels(); ++p)
+      candidates += packed.screen_positive(blocks_[b].first, blocks_[b].first, blocks_[b].rows, p, hits.data());
+  });
+  if (candidates * share > trial * job.features) {
+    blocks_.clear();
+    return false;
+  }
+  divide(trial, rows(), packed.job_rows(rows() - trial, threads));
+  parallel_jobs(static_cast<int64_t>(blocks_.size()), threads, [&](int64_t b, int) { screen_block(blocks_[b], packed, job); });
+  return true;
+}
+
+/// Panel by panel, so that the candidates' rows of the weight are read from a cache.
+void Positives::screen_block(Block& block, const Packed& packed, const Scoring& job) {
+  std::vector<Hit> hits(block.rows * kTileCols + kSpare);
+  std::vector<float> scores(block.rows * kTileCols);
+  std::vector<Found> found(block.rows * kTileCols);
+  const float* const x = job.x + block.first * job.depth;
+  int32_t* const active = active_.data() + block.first;
+  for (int64_t p = 0; p < packed.panels(); ++p) {
+    int64_t count = 0;
+    for (int64_t r = 0; r < block.rows; r += kTileRows)
+      count += packed.screen_positive(block.first, block.first + r, std::min(kTileRows, block.rows - r), p, hits.data() + count);
+    const int64_t first = p * kTileCols;
+    E2E_DISPATCH(score_hits, x, job.weight + first * job.depth, job.bias ? job.bias + first : nullptr, job.depth,
+                 hits.data(), count, scores.data());
+    int64_t kept = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const bool positive = !(scores[i] <= 0);
+      found[kept] = {hits[i].row, static_cast<int32_t>(first + hits[i].column), scores[i]};
+      kept += positive && active[hits[i].row] < limit_;
+      active[hits[i].row] += positive;
+    }
+    block.found.insert(block.found.end(), found.begin(), found.begin() + kept);
+  }
 }
 
 }  // namespace e2e

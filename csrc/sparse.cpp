@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -36,6 +37,7 @@ namespace e2e {
 namespace {
 
 constexpr int64_t kCached = int64_t{8} << 20;  // floats that may stay in a cache
+constexpr int64_t kScannedRows = 64;          // rows whose scores a job scans
 constexpr int64_t kSegment = 512;  // columns scanned before the threshold is looked at again
 
 void check_index(int64_t index, int64_t features) {
@@ -49,27 +51,20 @@ int64_t grain(int64_t rows, int threads) { return std::max<int64_t>(1, rows / (8
 
 }  // namespace
 
-Selection::Selection(int64_t rows, int64_t k, int64_t limit) : k_(k), limit_(limit), rows_(rows) {}
-
 void Selection::add(const float* scores, int64_t columns, int64_t first, int threads) {
   parallel_for(rows(), grain(rows(), threads), threads, [&](int64_t begin, int64_t end) {
     std::vector<Candidate> found(kSegment);
-    for (int64_t r = begin; r < end; ++r) {
-      Row& row = rows_[r];
+    for (int64_t r = begin; r < end; ++r)
       for (int64_t c = 0; c < columns; c += kSegment) {
-        int64_t count = E2E_DISPATCH(scan_scores, scores + r * columns + c, std::min(columns - c, kSegment),
-                                     row.threshold, static_cast<int32_t>(first + c), found.data());
-        row.active += count;
-        if (limit_ >= 0) count = std::clamp<int64_t>(limit_ - static_cast<int64_t>(row.kept.size()), 0, count);
-        append(row, found.data(), count);
+        const int64_t count = E2E_DISPATCH(scan_scores, scores + r * columns + c, std::min(columns - c, kSegment),
+                                           rows_[r].threshold, static_cast<int32_t>(first + c), found.data());
+        append(rows_[r], found.data(), count);
       }
-    }
   });
 }
 
 void Selection::append(Row& row, const Candidate* found, int64_t count) const {
   row.kept.insert(row.kept.end(), found, found + count);
-  if (!k_) return;
   for (int64_t i = 0; i < count; ++i)
     if (const int32_t key = order(found[i].lower); key > row.bound) row.best.push_back(key);
   if (static_cast<int64_t>(row.best.size()) > 2 * k_ + 64) raise_bound(row);
@@ -111,23 +106,14 @@ bool Selection::better(const Candidate& a, const Candidate& b) {
   return x != y ? x > y : a.index < b.index;
 }
 
-int64_t Selection::fullest() const {
-  int64_t most = 0;
-  for (const Row& row : rows_) most = std::max(most, row.active);
-  return most;
-}
-
 void Selection::finish(float* values, int32_t* indices, int32_t* count, int64_t slots, int threads) {
-  const int64_t rows = static_cast<int64_t>(rows_.size());
-  parallel_for(rows, grain(rows, threads), threads, [&](int64_t begin, int64_t end) {
+  parallel_for(rows(), grain(rows(), threads), threads, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       Row& row = rows_[r];
-      if (k_) {
-        raise_bound(row);
-        drop_losers(row);
-        keep_best(row.kept);
-        std::sort(row.kept.begin(), row.kept.end(), better);
-      }
+      raise_bound(row);
+      drop_losers(row);
+      keep_best(row.kept);
+      std::sort(row.kept.begin(), row.kept.end(), better);
       const int64_t used = std::min<int64_t>(slots, static_cast<int64_t>(row.kept.size()));
       for (int64_t i = 0; i < used; ++i) {
         values[r * slots + i] = row.kept[i].upper;
@@ -135,9 +121,61 @@ void Selection::finish(float* values, int32_t* indices, int32_t* count, int64_t 
       }
       std::fill(values + r * slots + used, values + (r + 1) * slots, 0.f);
       std::fill(indices + r * slots + used, indices + (r + 1) * slots, 0);
-      count[r] = static_cast<int32_t>(k_ ? used : row.active);
+      count[r] = static_cast<int32_t>(used);
     }
   });
+}
+
+Positives::Positives(int64_t rows, int64_t limit)
+    : limit_(limit < 0 ? std::numeric_limits<int64_t>::max() : limit), active_(rows) {}
+
+/// Appends blocks of `block` rows that cover [begin, end).
+void Positives::divide(int64_t begin, int64_t end, int64_t block) {
+  for (int64_t first = begin; first < end; first += block) blocks_.push_back({first, std::min(block, end - first), {}});
+}
+
+void Positives::add(const float* scores, int64_t columns, int64_t first, int threads) {
+  if (blocks_.empty()) divide(0, rows(), kScannedRows);
+  parallel_jobs(static_cast<int64_t>(blocks_.size()), threads, [&](int64_t job, int) {
+    Block& block = blocks_[job];
+    std::vector<Candidate> hits(kSegment);
+    for (int64_t r = 0; r < block.rows; ++r)
+      for (int64_t c = 0; c < columns; c += kSegment) {
+        const int64_t row = block.first + r;
+        const int64_t count = E2E_DISPATCH(scan_scores, scores + row * columns + c, std::min(columns - c, kSegment), 0.f,
+                                           static_cast<int32_t>(first + c), hits.data());
+        const int64_t stored = std::clamp<int64_t>(limit_ - active_[row], 0, count);
+        for (int64_t i = 0; i < stored; ++i)
+          block.found.push_back({static_cast<int32_t>(r), hits[i].index, hits[i].upper});
+        active_[row] += static_cast<int32_t>(count);
+      }
+  });
+}
+
+int64_t Positives::fullest() const { return active_.empty() ? 0 : *std::max_element(active_.begin(), active_.end()); }
+
+void Positives::finish(float* values, int32_t* indices, int32_t* count, int64_t slots, int threads) const {
+  std::copy(active_.begin(), active_.end(), count);
+  const auto fill = [&](const Block& block) {
+    std::vector<int64_t> next(block.rows);
+    for (int64_t r = 0; r < block.rows; ++r) next[r] = (block.first + r) * slots;
+    for (const Found& f : block.found) {
+      int64_t& at = next[f.row];
+      if (at == (block.first + f.row + 1) * slots) continue;
+      values[at] = f.value;
+      indices[at++] = f.index;
+    }
+    for (int64_t r = 0; r < block.rows; ++r) {
+      const int64_t end = (block.first + r + 1) * slots;
+      std::fill(values + next[r], values + end, 0.f);
+      std::fill(indices + next[r], indices + end, 0);
+    }
+  };
+  if (blocks_.empty()) {  // nothing was added
+    std::fill_n(values, rows() * slots, 0.f);
+    std::fill_n(indices, rows() * slots, 0);
+  }
+  parallel_jobs(static_cast<int64_t>(blocks_.size()), threads, [&](int64_t job, int) { fill(blocks_[job]); });
 }
 
 void decode(const float* values, const int32_t* indices, int64_t rows, int64_t slots, const float* weight,

@@ -15,43 +15,47 @@ struct Scoring {
   int64_t features, depth;
 };
 
+/// A positive score: its row within a block of rows.
+struct Found {
+  int32_t row, index;
+  float value;
+};
+
+/// Both sides of the scores in low precision (screen.cpp).
+class Packed;
+
 /// A feature that may be selected, with bounds on its score, which are equal once the score is exact.
 struct Candidate {
   float upper, lower;
   int32_t index;
 };
 
-/// Keeps, for each row, the k best features, or every positive one (k = 0), of score blocks that arrive feature by
-/// feature: N × F scores never exist at once. Equal scores: the lower feature wins. NaN scores count as the greatest.
+/// Keeps, for each row, the k ≥ 1 best features of score blocks that arrive feature by feature: N × F scores never exist
+/// at once. What is not positive is dropped. Equal scores: the lower feature wins. NaN scores count as the greatest.
 class Selection {
  public:
-  /// `limit`: without k, the most features stored a row, counted beyond; -1 for no limit.
-  Selection(int64_t rows, int64_t k, int64_t limit);
+  Selection(int64_t rows, int64_t k) : k_(k), rows_(rows) {}
 
   /// Scores (rows × columns) of features first … first + columns - 1. Blocks must come in ascending order.
   void add(const float* scores, int64_t columns, int64_t first, int threads);
 
   /// All features at once: products in low precision (int8 or bfloat16) with a bound on their error, then float32
-  /// scores of those whose upper bound reaches the k-th greatest lower bound (or 0), so that no winner is lost. Returns
-  /// false, with nothing kept, where that cannot pay or hold: numbers that are not finite, or more candidates than one
-  /// feature in `share`, judged by the first rows. The first thing to happen to a Selection, and the last.
+  /// scores of those whose upper bound reaches the k-th greatest lower bound, so that no winner is lost. Returns false,
+  /// with nothing kept, where that cannot pay or hold: numbers that are not finite, or more candidates than one feature
+  /// in `share`, judged by the first rows. The first thing to happen to a Selection, and the last.
   bool screen(const Scoring& job, Precision precision, int64_t share, int threads);
 
   int64_t rows() const { return static_cast<int64_t>(rows_.size()); }
 
-  /// Features that are active in the fullest row: the slots needed without k.
-  int64_t fullest() const;
-
-  /// values and indices (rows × slots), count (rows): descending with k, else ascending in the feature; relu applied.
+  /// values and indices (rows × slots, slots ≥ k), descending; count (rows).
   void finish(float* values, int32_t* indices, int32_t* count, int64_t slots, int threads);
 
  private:
   struct Row {
     std::vector<Candidate> kept;
     float threshold = 0;  // nothing <= it can be selected: relu drops what is not positive
-    int64_t active = 0;   // positive scores found, stored or not
-    // With k: the greatest lower bounds as keys (see order()), at least the k best of them; of those the least once there
-    // are k, which no winner's upper bound lies below; how many candidates to keep before losers are looked for.
+    // The greatest lower bounds as keys (see order()), at least the k best of them; of those the least once there are k,
+    // which no winner's upper bound lies below; how many candidates to keep before losers are looked for.
     std::vector<int32_t> best;
     int32_t bound = INT32_MIN;
     int64_t room = 0;
@@ -67,8 +71,42 @@ class Selection {
   static int32_t order(float value);
   static bool better(const Candidate& a, const Candidate& b);
 
-  int64_t k_, limit_;
+  int64_t k_;
   std::vector<Row> rows_;
+};
+
+/// Keeps, for each row, every positive score of blocks that arrive feature by feature. NaN scores count as positive.
+class Positives {
+ public:
+  /// `limit`: the most features stored a row, counted beyond; -1 for no limit.
+  Positives(int64_t rows, int64_t limit);
+
+  /// As Selection's.
+  void add(const float* scores, int64_t columns, int64_t first, int threads);
+
+  /// As Selection's; a candidate is what an upper bound above 0 has, and its float32 score is taken on the spot.
+  bool screen(const Scoring& job, Precision precision, int64_t share, int threads);
+
+  int64_t rows() const { return static_cast<int64_t>(active_.size()); }
+
+  /// Features that are active in the fullest row: the slots needed.
+  int64_t fullest() const;
+
+  /// values and indices (rows × slots), ascending in the feature; count (rows), of which `slots` are there.
+  void finish(float* values, int32_t* indices, int32_t* count, int64_t slots, int threads) const;
+
+ private:
+  /// Consecutive rows, and what they keep in the order of finding: features ascending within a row.
+  struct Block {
+    int64_t first, rows;
+    std::vector<Found> found;
+  };
+  void divide(int64_t begin, int64_t end, int64_t block);
+  void screen_block(Block& block, const Packed& packed, const Scoring& job);
+
+  int64_t limit_;
+  std::vector<int32_t> active_;  // positive scores of each row, stored or not
+  std::vector<Block> blocks_;
 };
 
 /// Which slots `decode` takes: those of a code (value > 0 or NaN), or those of a gradient (value != 0).

@@ -59,8 +59,9 @@ ROWS_AT_ONCE = 4096
 SCREENING = ("int8", "bfloat16")
 """Precisions in which CPUs that multiply them natively may look for candidates, in order; the result is the same."""
 
-SCREENED_SHARE = 64
-"""Screening pays while at most one feature in 64 is a candidate: each is scored again in float32."""
+SCREENED_SHARE = {"topk": 64, "relu": 16}
+"""Screening pays while at most one feature in so many is a candidate: each is scored again in float32. TopK's lists of
+candidates are kept in order of their bounds, ReLU's are not."""
 
 SCREENED_WIDTH = 64
 """Screening pays from this D on."""
@@ -266,7 +267,7 @@ def _select(
     slots: int,
     floor: Tensor | None = None,
 ):
-    """The code by the compiled core: score blocks go through its Selection. ``slots = -1``: the fullest row's.
+    """The code by the compiled core: TopK's for ``k`` > 0, else ReLU's. ``slots = -1``: the fullest row's.
 
     With ``floor`` (F,) scores that do not exceed their feature's are left out.
     """
@@ -275,28 +276,29 @@ def _select(
     chunks = [
         (rows, _select_rows(core, x32[rows], w, b, k, slots, floor)) for rows in row_chunks(x.shape[0], 1, ROWS_AT_ONCE)
     ]
-    width = slots if slots >= 0 else max((selection.fullest() for _, selection in chunks), default=0)
+    width = slots if slots >= 0 else max((scores.fullest() for _, scores in chunks), default=0)
     values, indices = empty(x.shape[0], width), empty(x.shape[0], width, dtype=torch.int32)
     count = empty(x.shape[0], dtype=torch.int32)
-    for rows, selection in chunks:
-        selection.finish(values[rows].numpy(), indices[rows].numpy(), count[rows].numpy(), torch.get_num_threads())
+    for rows, scores in chunks:
+        scores.finish(values[rows].numpy(), indices[rows].numpy(), count[rows].numpy(), torch.get_num_threads())
     return values.to(torch.promote_types(x.dtype, weight.dtype)), indices, count
 
 
 def _select_rows(
     core: ModuleType, x: Tensor, w: Tensor, b: Tensor | None, k: int, limit: int, floor: Tensor | None = None
 ):
-    """A finished Selection of a chunk of rows.
+    """What the core selects (`Selection`, or `Positives` for k = 0) of a chunk of rows.
 
     Where the processor multiplies int8 or bfloat16 natively, its products with a proven bound find the candidates
     (csrc/screen.cpp), which are then scored in float32; else float32 products, a block of features at a time.
     """
     threads = torch.get_num_threads()
-    selection = core.Selection(x.shape[0], k, -1 if k else limit)
-    pays = x.shape[0] >= SCREENED_ROWS and x.shape[1] >= SCREENED_WIDTH and k * SCREENED_SHARE <= w.shape[0]
+    share = SCREENED_SHARE["topk" if k else "relu"]
+    selection = core.Selection(x.shape[0], k) if k else core.Positives(x.shape[0], limit)
+    pays = x.shape[0] >= SCREENED_ROWS and x.shape[1] >= SCREENED_WIDTH and k * share <= w.shape[0]
     if floor is None and pays:
         for precision in filter(core.native_precision, SCREENING):
-            if selection.screen(x.numpy(), w.numpy(), array(b), precision, SCREENED_SHARE, threads):
+            if selection.screen(x.numpy(), w.numpy(), array(b), precision, share, threads):
                 return selection
     for block in row_chunks(w.shape[0], 4 * x.shape[0]):
         z = linear(x, w[block], None if b is None else b[block])

@@ -21,7 +21,8 @@ struct Code {
   std::vector<int32_t> indices, count;
 };
 
-static Code finish(Selection& selection, int64_t rows, int64_t slots, int threads) {
+template <class Scores>
+static Code finish(Scores& selection, int64_t rows, int64_t slots, int threads) {
   Code code{std::vector<float>(rows * slots, NAN), std::vector<int32_t>(rows * slots, -7), std::vector<int32_t>(rows, -7)};
   selection.finish(code.values.data(), code.indices.data(), code.count.data(), slots, threads);
   return code;
@@ -44,7 +45,7 @@ static void selection_finds_the_k_best_across_blocks() {
         const int64_t rows = 4;
         std::vector<float> z = random.vector(rows * columns);
         for (int64_t i = 0; i < rows * columns; i += 3) z[i] = 0.75f;  // ties: the lower index must win
-        Selection selection(rows, k, -1);
+        Selection selection(rows, k);
         for (int64_t first = 0; first < columns; first += 700) {
           const int64_t width = std::min<int64_t>(700, columns - first);
           std::vector<float> block(rows * width);
@@ -63,13 +64,18 @@ static void selection_finds_the_k_best_across_blocks() {
       }
 }
 
-static void selection_without_k_keeps_the_positive_up_to_the_limit() {
+static void positives_are_kept_up_to_the_limit() {
   Random random;
-  const int64_t rows = 3, columns = 1001;
+  const int64_t rows = 150, columns = 1001;
   const std::vector<float> z = random.vector(rows * columns);
   for (int64_t limit : {-1, 0, 4, 2000}) {
-    Selection selection(rows, 0, limit);
-    selection.add(z.data(), columns, 0, 2);
+    Positives selection(rows, limit);
+    for (int64_t first = 0; first < columns; first += 600) {
+      const int64_t width = std::min<int64_t>(600, columns - first);
+      std::vector<float> block(rows * width);
+      for (int64_t r = 0; r < rows; ++r) std::copy_n(&z[r * columns + first], width, &block[r * width]);
+      selection.add(block.data(), width, first, 2);
+    }
     const int64_t slots = limit < 0 ? selection.fullest() : limit;
     const Code code = finish(selection, rows, slots, 2);
     for (int64_t r = 0; r < rows; ++r) {
@@ -91,11 +97,18 @@ static void selection_without_k_keeps_the_positive_up_to_the_limit() {
 static void nan_scores_are_the_greatest() {
   std::vector<float> z(600, 1.f);
   z[599] = NAN, z[300] = -NAN, z[4] = INFINITY;
-  Selection selection(1, 3, -1);
+  Selection selection(1, 3);
   selection.add(z.data(), 600, 0, 1);
   const Code code = finish(selection, 1, 3, 1);
   CHECK((code.indices == std::vector<int32_t>{300, 599, 4}));
   CHECK(std::isnan(code.values[0]) && std::isnan(code.values[1]));
+  std::fill(z.begin(), z.end(), -1.f);
+  z[599] = NAN, z[300] = -NAN, z[4] = INFINITY;
+  Positives positives(1, -1);
+  positives.add(z.data(), 600, 0, 1);
+  const Code active = finish(positives, 1, 3, 1);
+  CHECK((active.indices == std::vector<int32_t>{4, 300, 599}));
+  CHECK(active.values[0] == INFINITY && std::isnan(active.values[1]) && std::isnan(active.values[2]));
 }
 
 static void screening_selects_what_exact_scores_select() {
@@ -113,19 +126,27 @@ static void screening_selects_what_exact_scores_select() {
         for (int64_t j = 0; j < columns; ++j)
           exact[r * columns + j] =
               static_cast<float>(product(&x[r * depth], &w[j * depth], depth) + static_cast<double>(bias[j]));
+      const Scoring job{x.data(), w.data(), bias.data(), columns, depth};
+      const auto same = [&](auto& screened, auto& plain, int64_t slots) {
+        const Code a = finish(screened, rows, slots, 1), b = finish(plain, rows, slots, 1);
+        CHECK(a.indices == b.indices);
+        CHECK(a.count == b.count);
+        for (size_t i = 0; i < a.values.size(); ++i) CHECK(std::abs(a.values[i] - b.values[i]) < 1e-3f);
+      };
       for (Precision precision : {Precision::int8, Precision::bfloat16})
-        for (int64_t top : {int64_t{9}, int64_t{0}})
-          for (int threads : {1, 3}) {
-            Selection screened(rows, top, -1), plain(rows, top, -1);
-            CHECK(screened.screen({x.data(), w.data(), bias.data(), columns, depth}, precision, 1, threads));
-            plain.add(exact.data(), columns, 0, 2);
-            const int64_t slots = top ? top : plain.fullest();
-            CHECK(screened.fullest() == plain.fullest() || top);
-            const Code a = finish(screened, rows, slots, 1), b = finish(plain, rows, slots, 1);
-            CHECK(a.indices == b.indices);
-            CHECK(a.count == b.count);
-            for (size_t i = 0; i < a.values.size(); ++i) CHECK(std::abs(a.values[i] - b.values[i]) < 1e-3f);
+        for (int threads : {1, 3}) {
+          Selection screened(rows, 9), plain(rows, 9);
+          CHECK(screened.screen(job, precision, 1, threads));
+          plain.add(exact.data(), columns, 0, 2);
+          same(screened, plain, 9);
+          for (int64_t limit : {-1, 40}) {
+            Positives some(rows, limit), all(rows, limit);
+            CHECK(some.screen(job, precision, 1, threads));
+            all.add(exact.data(), columns, 0, 2);
+            CHECK(some.fullest() == all.fullest());
+            same(some, all, limit < 0 ? all.fullest() : limit);
           }
+        }
     }
 }
 
@@ -134,13 +155,14 @@ static void screening_gives_up_on_too_many_candidates_and_on_what_is_not_finite(
   const int64_t rows = 40, depth = 12, columns = 500;
   std::vector<float> x = random.vector(rows * depth), w = random.vector(columns * depth);
   const Scoring job{x.data(), w.data(), nullptr, columns, depth};
-  Selection selection(rows, 0, -1);
+  Positives selection(rows, -1);
   CHECK(!selection.screen(job, Precision::int8, 3, 2));  // half of all features are positive
   CHECK(selection.fullest() == 0);
   CHECK(selection.screen(job, Precision::int8, 1, 2));
   for (float bad : {NAN, INFINITY, 1e38f}) {  // 1e38: its square is infinite
     x[rows * depth - 1] = bad;
-    CHECK(!Selection(rows, 3, -1).screen(job, Precision::bfloat16, 1, 2));
+    CHECK(!Selection(rows, 3).screen(job, Precision::bfloat16, 1, 2));
+    CHECK(!Positives(rows, -1).screen(job, Precision::bfloat16, 1, 2));
   }
 }
 
@@ -216,8 +238,12 @@ static void indices_out_of_range_are_refused() {
 
 static void empty_inputs_are_legal() {
   decode(nullptr, nullptr, 0, 3, nullptr, 5, 4, true, nullptr, Slots::positive, nullptr, 2);
-  Selection none(0, 3, -1), blank(2, 0, -1);
-  CHECK(none.fullest() == 0 && blank.fullest() == 0);
+  Selection none(0, 3);
+  none.finish(nullptr, nullptr, nullptr, 3, 2);
+  Positives blank(2, -1);
+  CHECK(blank.fullest() == 0);
+  const Code nothing = finish(blank, 2, 3, 2);
+  CHECK(nothing.values == std::vector<float>(6) && nothing.indices == std::vector<int32_t>(6) && nothing.count == std::vector<int32_t>(2));
   std::vector<float> dW(8, NAN), dv;
   const std::vector<float> W(8, 1.f);
   code_backward({0, 0, 2, 4, nullptr, nullptr, nullptr, W.data(), W.data(), nullptr, true, dW.data(), nullptr, nullptr, nullptr}, 2);
@@ -226,7 +252,7 @@ static void empty_inputs_are_legal() {
 
 int main() {
   at_every_level(selection_finds_the_k_best_across_blocks);
-  at_every_level(selection_without_k_keeps_the_positive_up_to_the_limit);
+  at_every_level(positives_are_kept_up_to_the_limit);
   at_every_level(nan_scores_are_the_greatest);
   at_every_level(screening_selects_what_exact_scores_select);
   at_every_level(screening_gives_up_on_too_many_candidates_and_on_what_is_not_finite);

@@ -77,7 +77,8 @@ def test_screened_scores_select_exactly_what_float32_scores_select(monkeypatch, 
     W[5:3000] = W[5] + 1e-4 * torch.randn(2995, D)  # thousands of near ties
     W[4000:4100] = 0
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(encode, "SCREENED_SHARE", 2)  # never give up: the selection must be right all the same
+    # Never give up: the selection must be right all the same.
+    monkeypatch.setattr(encode, "SCREENED_SHARE", {"topk": 2, "relu": 2})
     for bias in (None, b, 100 * b, b - 3):
         codes = []
         for screening in ((precision,), ()):
@@ -103,8 +104,9 @@ def test_screening_is_in_use_and_steps_aside_where_it_cannot_pay(precision):
     x, W, b = inputs(64, 192, 6000)
 
     def screen(x, W, b, k=8):
-        selection = core.Selection(len(x), k, -1)
-        return selection.screen(x.numpy(), W.numpy(), b.numpy(), precision, encode.SCREENED_SHARE, 2)
+        selection = core.Selection(len(x), k) if k else core.Positives(len(x), -1)
+        share = encode.SCREENED_SHARE["topk" if k else "relu"]
+        return selection.screen(x.numpy(), W.numpy(), b.numpy(), precision, share, 2)
 
     assert screen(x, W, b)
     assert not screen(x, W, b, k=0)  # half of all features fire
