@@ -47,10 +47,17 @@ class Duel(NamedTuple):
 
 RESULTS = pytest.StashKey[list[Duel]]()
 
+TURN = 0.2
+"""Seconds that a turn lasts at least: short work is repeated, so that what one side leaves behind (caches, spinning
+threads) weighs little in the other's turn, and both are timed as a training loop runs them."""
+
 
 @pytest.fixture
 def duel(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., Duel]:
-    """``duel(name, ours, baseline, rounds=7, floor=None)``: all are warmed up, then run in turn; medians count."""
+    """``duel(name, ours, baseline, rounds=7, floor=None)``: all are warmed up, then run in turn; medians count.
+
+    Work shorter than `TURN` is repeated within its turn, whose mean counts.
+    """
 
     def run(
         name: str,
@@ -69,14 +76,8 @@ def duel(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., Duel]:
             peaks.append(peak.bytes)
         works = [ours, baseline, *([] if floor is None else [floor])]
         works[-1]()
-        turns = []
-        for _ in range(rounds):
-            times = []
-            for work in works:
-                start = time.perf_counter()
-                work()
-                times.append(time.perf_counter() - start)
-            turns.append(times)
+        repeats = [1 + int(TURN / seconds(work)) for work in works]
+        turns = [[seconds(*turn) for turn in zip(works, repeats, strict=True)] for _ in range(rounds)]
         medians = [statistics.median(times) for times in zip(*turns, strict=True)]
         ratios = [slow / fast for fast, slow, *_ in turns]
         fastest_possible = None if floor is None else medians[2]
@@ -87,6 +88,14 @@ def duel(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., Duel]:
         return result
 
     return run
+
+
+def seconds(work: Callable[[], Any], repeats: int = 1) -> float:
+    """The mean wall-clock time of ``work()``."""
+    start = time.perf_counter()
+    for _ in range(repeats):
+        work()
+    return (time.perf_counter() - start) / repeats
 
 
 def record(results: list[Duel], file: Path) -> None:

@@ -4,7 +4,8 @@
 
 Each of R processes holds the language model and the SAEs and takes its own part of the data. With g_r the gradient of
 rank r's mean loss, every rank steps with g = Σ_r g_r / R: the gradient of the mean loss over the global batch. Equal
-weights and equal gradients stay equal, so nothing else is ever sent but a few numbers.
+weights and equal gradients stay equal, so nothing else is ever sent but a few numbers: flags, metrics, and BatchTopK's
+thresholds, which are averaged too.
 
 >>> World().average_gradients([])           # one process: nothing to do
 >>> World().share("a folder")
@@ -48,11 +49,18 @@ class World(NamedTuple):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
-        for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
+        self.average(gradients)
+
+    def average(self, tensors: Iterable[Tensor]) -> None:
+        """Each tensor becomes its mean over the processes, in place."""
+        if self.size == 1:
+            return
+        tensors = list(tensors)
+        for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
             if work is not None:
                 work.wait()
-        for gradient in gradients:
-            gradient.div_(self.size)
+        for tensor in tensors:
+            tensor.div_(self.size)
 
     def same_weights(self, parameters: Iterable[Tensor]) -> None:
         """Each parameter becomes the first process's."""

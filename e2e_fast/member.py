@@ -79,7 +79,8 @@ class Member:
                 "saes.pretrained_sae_paths covers every position and retrain_saes is false: nothing to train"
             )
         for position in frozen:
-            self.saes[position].requires_grad_(False)
+            self.saes[position].requires_grad_(False).eval()  # BatchTopK keeps its threshold too
+        self._by_batch = {p: sae for p, sae in self.saes.items() if sae.activation == "batch_topk" and sae.training}
         self.world.same_weights(self.parameters.values())
         shadows = [shadow for sae in self.saes.values() for shadow in sae.shadows.values()]
         self.optimizer = Adam(self.parameters.values(), config.lr, shadows)
@@ -108,6 +109,7 @@ class Member:
             self.lm, self.saes, self.loss, tokens,
             accumulation_steps=self.accumulation, timings=timings, original=original, kl_rows=self._kl_rows(tokens),
         )  # fmt: skip
+        self.world.average(sae.running_threshold for sae in self._by_batch.values())
         before, first = self.samples, self.micro_batches == 0
         self._advanced = len(tokens) * self.world.size
         self.samples += self._advanced
@@ -287,6 +289,7 @@ class Member:
         checkpoint.save_tensors(path, state)
         counters = {name: getattr(self, name) for name in COUNTERS}
         extra = {"rng": torch.get_rng_state()}
+        extra.update({f"threshold_batches.{p}": sae.threshold_batches for p, sae in self._by_batch.items()})
         if self.frequency is not None:
             counters["frequency_tokens"] = self.frequency.tokens * self.world.size
             extra.update({f"frequency.{p}": c for p, c in counts.items()})
@@ -342,6 +345,8 @@ class Member:
         self.micro_batches = self.grad_updates * self.accumulation
         for position, sparse in state["density"].items():
             self.saes[position].density.sparse = sparse
+        for position, sae in self._by_batch.items():
+            sae.threshold_batches.copy_(extra[f"threshold_batches.{position}"])
         torch.set_rng_state(extra["rng"])
         if self.world.writes:
             self.history = keep_rows(folder / JsonlLog.NAME, state["metrics_bytes"])

@@ -49,7 +49,10 @@ THRESHOLD = 1e-3
 """JumpReLU's thresholds before training (Rajamanoharan et al. 2024)."""
 
 THRESHOLD_RATE = 0.01
-"""How far BatchTopK's running threshold moves towards that of a batch."""
+"""How far BatchTopK's running threshold moves towards that of a batch, late in training."""
+
+THRESHOLD_SHARE = 9
+"""Early in training it averages over about the last 1/9 of the batches so far: it moves by 10 / (batches + 9)."""
 
 
 class Linear(NamedTuple):
@@ -120,8 +123,8 @@ class SAE(nn.Module):
     both biases, a random (semi-)orthogonal decoder. ``init="empty"`` leaves the weights to be loaded.
 
     BatchTopK depends on the batch in training alone, that is in train mode with gradients enabled. Elsewhere, and in
-    `encode`, a token keeps what exceeds ``running_threshold``, an average over training of the smallest activation that
-    a batch kept (0 before the first batch: ReLU).
+    `encode`, a token keeps what exceeds ``running_threshold``, an average over the last batches in training (at most
+    about 100, at most a ninth of all) of the smallest activation that a batch kept; 0 before the first batch: ReLU.
     """
 
     def __init__(
@@ -160,6 +163,8 @@ class SAE(nn.Module):
         if self.activation == "batch_topk":
             self.running_threshold: Tensor
             self.register_buffer("running_threshold", torch.zeros(()))
+            self.threshold_batches: Tensor
+            self.register_buffer("threshold_batches", torch.zeros(()))
 
     def forward(self, x: Tensor) -> SAEActs:
         """Encode and decode activations [..., d_in]."""
@@ -194,13 +199,20 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def _observe_threshold(self, values: Tensor) -> None:
-        """Moves the running threshold towards the smallest activation kept; waits for no GPU."""
+        """Moves the running threshold towards the smallest activation kept; waits for no GPU.
+
+        A constant rate would leave the threshold of a short training near that of the first weights. Polynomially
+        decaying weights (Shamir & Zhang 2013) follow from the first batch on, until the constant rate is the slower.
+        """
         if values.numel() == 0:
             return
         smallest = torch.where(values > 0, values, torch.inf).amin().to(self.running_threshold.dtype)
-        moved = torch.lerp(self.running_threshold, smallest, THRESHOLD_RATE)
-        moved = torch.where(self.running_threshold == 0, smallest, moved)
-        self.running_threshold.copy_(torch.where(smallest.isfinite(), moved, self.running_threshold))
+        some = smallest.isfinite()
+        batches = self.threshold_batches + some
+        rate = ((THRESHOLD_SHARE + 1) / (batches + THRESHOLD_SHARE)).clamp(THRESHOLD_RATE, 1)
+        moved = torch.lerp(self.running_threshold, smallest, rate)
+        self.running_threshold.copy_(torch.where(some, moved, self.running_threshold))
+        self.threshold_batches.copy_(batches)
 
     def encode(self, x: Tensor) -> Tensor:
         """Dense codes [..., d_sae] of activations [..., d_in]; a token's does not depend on the others."""

@@ -1,5 +1,7 @@
 """Data parallel training: two gloo processes give the loss curve of one process on the same global batch."""
 
+import copy
+import itertools
 import json
 import os
 import subprocess
@@ -129,6 +131,26 @@ def test_two_processes_train_a_sweep_as_one_does(work: Path, tmp_path: Path) -> 
     folder = only(tmp_path / "two")
     for run in runs:
         assert_close(folder / run.folder.name, run)
+
+
+def test_batch_topks_threshold_is_that_of_all_processes(work: Path, tmp_path: Path) -> None:
+    """The mean of what each saw in its part of the batch."""
+    saes = {"sae_positions": AT, "dict_size_to_input_ratio": 3.0, "activation": "batch_topk", "k": 4}
+    changes: dict[str, Any] = {
+        "saes": saes, "n_samples": 8, "save_every_n_samples": None, "eval_every_n_samples": None,
+        "collect_act_frequency_every_n_samples": 0,
+    }  # fmt: skip
+    torchrun(2, settings(work, tmp_path / "two", **changes))
+    together = checkpoint.load_tensors(only(tmp_path / "two") / "samples_8.safetensors")
+    alone = e2e_fast.Trainer(settings(work, tmp_path / "one", **changes), quiet=True)
+    seen = []
+    for tokens in itertools.islice(alone.batches, 2):
+        sae = copy.deepcopy(alone.saes[AT])
+        sae(alone.lm.original(tokens, at=AT)[AT])
+        seen.append(sae.running_threshold)
+    alone.batches.close()
+    assert seen[0] != seen[1]
+    torch.testing.assert_close(together[f"{AT.replace('.', '-')}.running_threshold"], torch.stack(seen).mean())
 
 
 def test_sigterm_to_one_process_ends_all_with_a_checkpoint(work: Path, tmp_path: Path) -> None:

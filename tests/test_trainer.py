@@ -159,6 +159,8 @@ def test_pretrained_saes_stay_frozen_unless_retrained(model: Any, tokens: np.nda
     for key, value in weights(run).items():
         assert torch.equal(weights(frozen)[key], value), key
         assert not torch.equal(weights(retrained)[key], value), key
+    for sae in frozen.model.by_position.values():
+        assert sae.training == sae.W_enc.requires_grad
     only = settings(saes=saes | {"sae_positions": AT})
     with pytest.raises(ValueError, match="nothing to train"):
         e2e_fast.train(only, lm=model, tokens=tokens, quiet=True)
