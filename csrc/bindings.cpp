@@ -191,14 +191,15 @@ static void bind_sparse(py::module_& m) {
 
   m.def(
       "code_backward",
-      [](Array<float> values, Array<int32_t> indices, MaybeArray<float> dvalues_in, MaybeArray<float> g,
+      [](Array<float> values, Array<int32_t> indices, std::optional<py::array_t<float, 0>> dvalues_in, MaybeArray<float> g,
          MaybeArray<float> W_dec, MaybeArray<float> x, bool normalize, MaybeArray<float> dW_dec,
          MaybeArray<float> dW_enc, MaybeArray<float> db_enc, Array<float> dvalues, int64_t features, int64_t width,
          int threads) {
         expect(values.ndim() == 2, "values must be (N, K)");
         const int64_t rows = values.shape(0), slots = values.shape(1);
         const auto has = [](const MaybeArray<float>& a, int64_t size) { return !a || a->size() == size; };
-        expect(indices.size() == values.size() && dvalues.size() == values.size() && has(dvalues_in, values.size()),
+        expect(indices.size() == values.size() && dvalues.size() == values.size() &&
+                   (!dvalues_in || (dvalues_in->ndim() == 2 && dvalues_in->shape(0) == rows && dvalues_in->shape(1) == slots)),
                "indices, dvalues and dvalues_in must have values' shape");
         expect(has(g, rows * width) && has(x, rows * width), "g and x must be (N, D)");
         expect(has(W_dec, features * width) && has(dW_dec, features * width) && has(dW_enc, features * width) &&
@@ -206,9 +207,11 @@ static void bind_sparse(py::module_& m) {
                "W_dec, dW_dec and dW_enc must be (F, D), db_enc (F,)");
         expect(g.has_value() == W_dec.has_value() && (!dW_dec || g) && (!dW_enc || (x && db_enc)),
                "g comes with W_dec, dW_dec with g, dW_enc with x and db_enc");
-        const Backward job{rows,  slots,     features,   width,       values.data(), indices.data(), in(dvalues_in),
-                           in(g), in(W_dec), in(x),      normalize,   out(dW_dec),   out(dW_enc),    out(db_enc),
-                           out(dvalues)};
+        const auto stride = [&](int axis) { return dvalues_in ? dvalues_in->strides(axis) / py::ssize_t{sizeof(float)} : 0; };
+        const Backward job{rows,      slots,     features,      width,          values.data(),
+                           indices.data(), dvalues_in ? dvalues_in->data() : nullptr, stride(0), stride(1), in(g),
+                           in(W_dec), in(x),     normalize,     out(dW_dec),    out(dW_enc),
+                           out(db_enc), out(dvalues)};
         const py::gil_scoped_release release;
         code_backward(job, threads);
       },

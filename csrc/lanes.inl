@@ -44,10 +44,20 @@ E2E_INLINE Lanes greater(Lanes a, Lanes b) { return a < b ? b : a; }  // keeps `
 
 E2E_INLINE Lanes absolute(Lanes v) { return (Lanes)((IntLanes)v & 0x7fffffff); }
 
+/// By halves: from a loop over lanes gcc 12 makes stores and narrower loads, which wait for each other.
 E2E_INLINE float sum(Lanes v) {
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) v[i] += v[i + width];
-  return v[0];
+#if E2E_SIMD == 2
+  const auto eight = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+  const auto eight = v;
+#endif
+#if E2E_SIMD >= 1
+  const auto four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+#else
+  const auto four = eight;
+#endif
+  const auto two = four + __builtin_shufflevector(four, four, 2, 3, 0, 1);
+  return two[0] + two[1];
 }
 
 E2E_INLINE float largest(Lanes v) {

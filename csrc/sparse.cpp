@@ -1,12 +1,14 @@
 #include "sparse.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <numeric>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "simd.hpp"
 #include "threads.hpp"
@@ -23,9 +25,10 @@
 
 namespace e2e {
 
-/// A used slot of a code: values[token, place].
+/// A used slot of a code: value = values[token, place].
 struct Slot {
   int32_t token, place;
+  float value;
 };
 
 }  // namespace e2e
@@ -37,6 +40,7 @@ namespace e2e {
 namespace {
 
 constexpr int64_t kCached = int64_t{8} << 20;  // floats that may stay in a cache
+constexpr int64_t kFeaturesAtOnce = 64;       // that a thread takes
 constexpr int64_t kScannedRows = 64;          // rows whose scores a job scans
 constexpr int64_t kSegment = 512;  // columns scanned before the threshold is looked at again
 
@@ -181,54 +185,82 @@ void Positives::finish(float* values, int32_t* indices, int32_t* count, int64_t 
 void decode(const float* values, const int32_t* indices, int64_t rows, int64_t slots, const float* weight,
             int64_t features, int64_t width, bool normalize, const float* bias, Slots which, float* y, int threads) {
   const bool keep_negative = which == Slots::nonzero;
-  std::vector<float> scales(normalize ? features : 0, -1.f);
-  std::vector<int32_t> used;
-  for (int64_t i = 0; i < rows * slots; ++i) {
-    const int32_t j = indices[i];
-    check_index(j, features);
-    if (normalize && scales[j] < 0) {
-      scales[j] = 0;
-      used.push_back(j);
+  std::vector<uint8_t> used(normalize ? features : 0);
+  parallel_for(rows, grain(rows, threads), threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * slots; i < end * slots; ++i) {
+      check_index(indices[i], features);
+      if (normalize) std::atomic_ref(used[indices[i]]).store(1, std::memory_order_relaxed);
     }
-  }
-  const int64_t count = static_cast<int64_t>(used.size());
-  parallel_for(count, grain(count, threads), threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      scales[used[i]] = E2E_DISPATCH(row_scale, weight + used[i] * width, width);
+  });
+  std::vector<float> scales(used.size());
+  parallel_for(static_cast<int64_t>(used.size()), kFeaturesAtOnce, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j)
+      if (used[j]) scales[j] = E2E_DISPATCH(row_scale, weight + j * width, width);
   });
   const float* const scale = normalize ? scales.data() : nullptr;
   parallel_for(rows, grain(rows, threads), threads, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n)
-      E2E_DISPATCH(decode_row, values + n * slots, indices + n * slots, slots, weight, width, scale, bias, keep_negative,
-                   y + n * width);
+    E2E_DISPATCH(decode_rows, values + begin * slots, indices + begin * slots, end - begin, slots, weight, width, scale, bias,
+                 keep_negative, y + begin * width);
   });
 }
 
-void code_backward(const Backward& job, int threads) {
-  // The transposed code: each feature's used slots, tokens ascending (a counting sort).
-  std::vector<int64_t> start(job.features + 1, 0);
-  for (int64_t i = 0; i < job.rows * job.slots; ++i) {
-    check_index(job.indices[i], job.features);
-    if (!(job.values[i] <= 0)) ++start[job.indices[i] + 1];
-  }
-  std::partial_sum(start.begin(), start.end(), start.begin());
-  std::vector<Slot> slots(start.back());
-  std::vector<int64_t> next(start.begin(), start.end() - 1);
-  for (int64_t n = 0; n < job.rows; ++n)
-    for (int64_t k = 0; k < job.slots; ++k) {
-      const int64_t i = n * job.slots + k;
-      if (job.values[i] <= 0)
-        job.dvalues[i] = 0;
-      else
-        slots[next[job.indices[i]]++] = {static_cast<int32_t>(n), static_cast<int32_t>(k)};
+namespace {
+
+/// The transposed code: each feature's used slots, tokens ascending.
+struct Transposed {
+  std::vector<int64_t> start;  // (F + 1)
+  std::vector<Slot> slots;
+};
+
+/// A counting sort. Each chunk of tokens counts its slots and later puts them where its share of each feature begins, so the
+/// order is the same for any number of chunks. Puts 0 into the unused slots of dvalues.
+Transposed transpose(const Backward& job, int threads) {
+  const int64_t F = job.features;
+  // A count for every feature and chunk: no more of them than slots.
+  const int64_t chunks = std::clamp<int64_t>(job.rows * job.slots / std::max<int64_t>(F, 1), 1, std::max(threads, 1));
+  const auto rows_of = [&](int64_t chunk) { return std::pair(chunk * job.rows / chunks, (chunk + 1) * job.rows / chunks); };
+  std::vector<int64_t> next(chunks * F);
+  parallel_jobs(chunks, threads, [&](int64_t chunk, int) {
+    const auto [first, last] = rows_of(chunk);
+    int64_t* const count = next.data() + chunk * F;
+    for (int64_t i = first * job.slots; i < last * job.slots; ++i) {
+      check_index(job.indices[i], F);
+      count[job.indices[i]] += !(job.values[i] <= 0);
     }
+  });
+  Transposed code{std::vector<int64_t>(F + 1), {}};
+  int64_t total = 0;
+  for (int64_t j = 0; j < F; ++j) {
+    code.start[j] = total;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) total += std::exchange(next[chunk * F + j], total);
+  }
+  code.start[F] = total;
+  code.slots.resize(total);
+  parallel_jobs(chunks, threads, [&](int64_t chunk, int) {
+    const auto [first, last] = rows_of(chunk);
+    int64_t* const to = next.data() + chunk * F;
+    for (int64_t n = first; n < last; ++n)
+      for (int64_t k = 0; k < job.slots; ++k) {
+        const int64_t i = n * job.slots + k;
+        if (job.values[i] <= 0)
+          job.dvalues[i] = 0;
+        else
+          code.slots[to[job.indices[i]]++] = {static_cast<int32_t>(n), static_cast<int32_t>(k), job.values[i]};
+      }
+  });
+  return code;
+}
+
+}  // namespace
+
+void code_backward(const Backward& job, int threads) {
+  const Transposed code = transpose(job, threads);
   // Gradients larger than the caches are not read before they are complete: writing past the caches saves fetching them.
   const auto aligned = [&](const float* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; };
   const bool past_caches = job.features * job.width >= kCached && job.width % 16 == 0 && aligned(job.dW_dec) && aligned(job.dW_enc);
-  parallel_for(job.features, 64, threads, [&](int64_t begin, int64_t end) {
+  parallel_for(job.features, kFeaturesAtOnce, threads, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(2 * job.width);
-    for (int64_t j = begin; j < end; ++j)
-      E2E_DISPATCH(backward_feature, job, j, slots.data() + start[j], start[j + 1] - start[j], past_caches, scratch.data());
+    E2E_DISPATCH(backward_features, job, begin, end, code.slots.data(), code.start.data(), past_caches, scratch.data());
     E2E_DISPATCH(finish_streaming);
   });
 }

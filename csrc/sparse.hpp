@@ -123,7 +123,8 @@ struct Backward {
   int64_t rows, slots, features, width;
   const float* values;     // (N, K)
   const int32_t* indices;  // (N, K)
-  const float* dvalues_in; // (N, K) or null
+  const float* dvalues_in; // (N, K) or null, entry (n, k) at n · stride_n + k · stride_k
+  int64_t stride_n, stride_k;
   const float* g;          // (N, D) gradient of the output, or null
   const float* W_dec;      // (F, D) with g
   const float* x;          // (N, D) or null
@@ -132,6 +133,8 @@ struct Backward {
   float* dW_enc;   // (F, D) or null
   float* db_enc;   // (F) with dW_enc
   float* dvalues;  // (N, K)
+
+  float dvalue_in(int64_t n, int64_t k) const { return dvalues_in ? dvalues_in[n * stride_n + k * stride_k] : 0; }
 };
 
 /// One sweep over the transposed code, feature by feature, tokens ascending:

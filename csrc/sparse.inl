@@ -20,8 +20,22 @@ static float row_scale(const float* w, int64_t n) {
 
 E2E_INLINE bool unused(float value, bool keep_negative) { return keep_negative ? value == 0 : value <= 0; }
 
-static void decode_row(const float* values, const int32_t* indices, int64_t slots, const float* weight, int64_t width,
-                       const float* scale, const float* bias, bool keep_negative, float* y) {
+/// Runs `narrow<R>()` where a row of `width` fills R registers and few enough of them, else `wide()`.
+template <class Narrow, class Wide>
+E2E_INLINE void by_width(int64_t width, Narrow narrow, Wide wide) {
+  if (width % kLanes) return wide();
+  switch (width / kLanes) {
+    case 1: return narrow.template operator()<1>();
+    case 2: return narrow.template operator()<2>();
+    case 4: return narrow.template operator()<4>();
+    case 8: return narrow.template operator()<8>();
+    default: return wide();
+  }
+}
+
+/// y = bias + Σ_k values[k] scale[j] weight[j]
+E2E_INLINE void decode_row(const float* values, const int32_t* indices, int64_t slots, const float* weight, int64_t width,
+                           const float* scale, const float* bias, bool keep_negative, float* y) {
   if (bias)
     __builtin_memcpy(y, bias, static_cast<size_t>(width) * sizeof(float));
   else
@@ -36,6 +50,40 @@ static void decode_row(const float* values, const int32_t* indices, int64_t slot
     const float c = scale ? values[k] * scale[indices[k]] : values[k];
     add_scaled(y, c, weight + static_cast<int64_t>(indices[k]) * width, width);
   }
+}
+
+/// The same with y in R registers.
+template <int R>
+E2E_INLINE void decode_row(const float* values, const int32_t* indices, int64_t slots, const float* weight,
+                           const float* scale, const float* bias, bool keep_negative, float* y) {
+  Lanes sum[R];
+  for (int r = 0; r < R; ++r) sum[r] = bias ? load(bias + r * kLanes) : Lanes{};
+  for (int64_t k = 0; k < slots; ++k) {
+    if (unused(values[k], keep_negative)) continue;
+    const float c = scale ? values[k] * scale[indices[k]] : values[k];
+    const float* const w = weight + static_cast<int64_t>(indices[k]) * (R * kLanes);
+    for (int r = 0; r < R; ++r) sum[r] += c * load(w + r * kLanes);
+  }
+  for (int r = 0; r < R; ++r) store(y + r * kLanes, sum[r]);
+}
+
+static void decode_rows(const float* values, const int32_t* indices, int64_t rows, int64_t slots, const float* weight,
+                        int64_t width, const float* scale, const float* bias, bool keep_negative, float* y) {
+  const auto each = [&](const auto& row) __attribute__((always_inline)) {
+    for (int64_t n = 0; n < rows; ++n) row(values + n * slots, indices + n * slots, y + n * width);
+  };
+  by_width(
+      width,
+      [&]<int R>() __attribute__((always_inline)) {
+        each([&](const float* v, const int32_t* j, float* out) __attribute__((always_inline)) {
+          decode_row<R>(v, j, slots, weight, scale, bias, keep_negative, out);
+        });
+      },
+      [&]() __attribute__((always_inline)) {
+        each([&](const float* v, const int32_t* j, float* out) __attribute__((always_inline)) {
+          decode_row(v, j, slots, weight, width, scale, bias, keep_negative, out);
+        });
+      });
 }
 
 /// y += c x and the dot of x with w, reading x once.
@@ -67,9 +115,12 @@ E2E_INLINE void write_row(float* y, const float* x, int64_t n, bool past_caches)
   for (int64_t i = 0; i < n; i += kLanes) stream(y + i, load(x + i));
 }
 
+/// The share of the row w that its gradient's projection takes away. Rows shorter than 1e-12 were divided by that constant:
+/// nothing is projected out of theirs.
+E2E_INLINE float share_along(float product, float s) { return s < 1e12f ? product * s * s : 0; }
+
 /// Feature j with its slots, tokens ascending. Sums are formed in `scratch` (2 D), and written to the results' rows once.
-static void backward_feature(const Backward& job, int64_t j, const Slot* slots, int64_t n, bool past_caches,
-                             float* scratch) {
+E2E_INLINE void backward_wide(const Backward& job, int64_t j, const Slot* slots, int64_t n, bool past_caches, float* scratch) {
   const int64_t D = job.width;
   float* const a = job.dW_dec ? scratch : nullptr;
   float* const e = job.dW_enc ? scratch + D : nullptr;
@@ -79,18 +130,17 @@ static void backward_feature(const Backward& job, int64_t j, const Slot* slots, 
   float db = 0;
   for (int64_t i = 0; i < n; ++i) {
     const int64_t token = slots[i].token, slot = token * job.slots + slots[i].place;
-    float dv = job.dvalues_in ? job.dvalues_in[slot] : 0;
+    float dv = job.dvalue_in(token, slots[i].place);
     if (w) {
       const float* const g = job.g + token * D;
-      dv += s * (a ? dot_and_add(a, job.values[slot], g, w, D) : dot(g, w, D));
+      dv += s * (a ? dot_and_add(a, slots[i].value, g, w, D) : dot(g, w, D));
     }
     job.dvalues[slot] = dv;
     db += dv;
     if (e) add_scaled(e, dv, job.x + token * D, D);
   }
   if (a && n && job.normalize) {
-    // Rows shorter than 1e-12 were divided by that constant: nothing is projected out of theirs.
-    const float along = s < 1e12f ? dot(a, w, D) * s * s : 0;
+    const float along = share_along(dot(a, w, D), s);
     for (int64_t i = 0; i < D; i += kLanes) {
       const int64_t m = D - i < kLanes ? D - i : kLanes;
       store_part(a + i, (load_part(a + i, m, 0) - along * load_part(w + i, m, 0)) * s, m);
@@ -99,6 +149,60 @@ static void backward_feature(const Backward& job, int64_t j, const Slot* slots, 
   if (a) write_row(job.dW_dec + j * D, a, D, past_caches);
   if (e) write_row(job.dW_enc + j * D, e, D, past_caches);
   if (e) job.db_enc[j] = db;
+}
+
+/// The same with the row of W_dec and both sums in R registers each; all of g, x, dW_dec and dW_enc are there.
+template <int R>
+E2E_INLINE void backward_narrow(const Backward& job, int64_t j, const Slot* slots, int64_t n) {
+  constexpr int64_t D = R * kLanes;
+  constexpr int64_t kAhead = 4;  // slots whose rows are fetched before their turn
+  const float* const row = job.W_dec + j * D;
+  const float s = n && job.normalize ? row_scale(row, D) : 1;
+  Lanes w[R], a[R], e[R];
+  for (int r = 0; r < R; ++r) w[r] = load(row + r * kLanes), a[r] = e[r] = Lanes{};
+  float db = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t token = slots[i].token;
+    const int64_t later = slots[i + kAhead < n ? i + kAhead : n - 1].token * D;
+    for (int64_t line = 0; line < D; line += 16) {
+      __builtin_prefetch(job.g + later + line);
+      __builtin_prefetch(job.x + later + line);
+    }
+    const float *const g = job.g + token * D, *const x = job.x + token * D;
+    Lanes product{};
+    for (int r = 0; r < R; ++r) {
+      const Lanes v = load(g + r * kLanes);
+      product += v * w[r];
+      a[r] += slots[i].value * v;
+    }
+    const float dv = job.dvalue_in(token, slots[i].place) + s * sum(product);
+    job.dvalues[token * job.slots + slots[i].place] = dv;
+    db += dv;
+    for (int r = 0; r < R; ++r) e[r] += dv * load(x + r * kLanes);
+  }
+  if (n && job.normalize) {
+    Lanes product{};
+    for (int r = 0; r < R; ++r) product += a[r] * w[r];
+    const float along = share_along(sum(product), s);
+    for (int r = 0; r < R; ++r) a[r] = (a[r] - along * w[r]) * s;
+  }
+  for (int r = 0; r < R; ++r) store(job.dW_dec + j * D + r * kLanes, a[r]), store(job.dW_enc + j * D + r * kLanes, e[r]);
+  job.db_enc[j] = db;
+}
+
+/// Features begin … end - 1, feature j with the slots start[j] … start[j + 1] - 1.
+static void backward_features(const Backward& job, int64_t begin, int64_t end, const Slot* slots, const int64_t* start,
+                              bool past_caches, float* scratch) {
+  const auto wide = [&]() __attribute__((always_inline)) {
+    for (int64_t j = begin; j < end; ++j) backward_wide(job, j, slots + start[j], start[j + 1] - start[j], past_caches, scratch);
+  };
+  if (past_caches || !job.g || !job.x || !job.dW_dec || !job.dW_enc) return wide();
+  by_width(
+      job.width,
+      [&]<int R>() __attribute__((always_inline)) {
+        for (int64_t j = begin; j < end; ++j) backward_narrow<R>(job, j, slots + start[j], start[j + 1] - start[j]);
+      },
+      wide);
 }
 
 /// Makes streamed stores visible to other threads.

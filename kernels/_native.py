@@ -44,4 +44,9 @@ def native_missing() -> str | None:
 
 def array(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> Any:
     """A NumPy view of a CPU tensor, copied only where its dtype or layout demands it; None stays None."""
-    return None if tensor is None else tensor.detach().to(dtype).contiguous().numpy()
+    return None if tensor is None else strided(tensor.contiguous(), dtype)
+
+
+def strided(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> Any:
+    """`array` in any layout."""
+    return None if tensor is None else tensor.detach().to(dtype).numpy()

@@ -32,7 +32,7 @@ from torch import Tensor
 from e2e_fast.kernels._buffers import empty
 from e2e_fast.kernels._checks import accumulator, check_indices
 from e2e_fast.kernels._gemm import row_chunks
-from e2e_fast.kernels._native import array, native
+from e2e_fast.kernels._native import array, native, strided
 from e2e_fast.kernels.decode import gather, row_inverse_norms
 from e2e_fast.kernels.reference import NORM_EPS
 
@@ -70,7 +70,7 @@ def _native_backward(
     dW_enc = empty(features, width) if need_dW_enc else None
     db_enc = empty(features) if need_dW_enc else None
     core.code_backward(
-        array(values), array(indices, torch.int32), array(dvalues), array(g), None if g is None else array(W_dec),
+        array(values), array(indices, torch.int32), strided(dvalues), array(g), None if g is None else array(W_dec),
         array(x) if need_dW_enc else None, normalize, array(dW_dec), array(dW_enc), array(db_enc), dv.numpy(),
         features, width, torch.get_num_threads(),
     )  # fmt: skip

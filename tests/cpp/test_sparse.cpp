@@ -168,7 +168,7 @@ static void screening_gives_up_on_too_many_candidates_and_on_what_is_not_finite(
 
 static void decode_and_backward_match_loops() {
   Random random;
-  for (int64_t D : {1, 5, 16, 33, 70})
+  for (int64_t D : {1, 4, 5, 8, 16, 32, 33, 64, 70, 128})
     for (bool normalize : {true, false})
       for (int threads : {1, 3}) {
         const int64_t N = 9, K = 4, F = 11;
@@ -184,7 +184,7 @@ static void decode_and_backward_match_loops() {
         decode(values.data(), indices.data(), N, K, W.data(), F, D, normalize, bias.data(), Slots::positive, y.data(), threads);
         std::vector<double> a(F * D), e(F * D), db(F);
         std::vector<float> dv(N * K, NAN), dW_dec(F * D, NAN), dW_enc(F * D, NAN), db_enc(F, NAN);
-        code_backward({N, K, F, D, values.data(), indices.data(), dv_in.data(), g.data(), W.data(), x.data(), normalize,
+        code_backward({N, K, F, D, values.data(), indices.data(), dv_in.data(), 1, N, g.data(), W.data(), x.data(), normalize,
                        dW_dec.data(), dW_enc.data(), db_enc.data(), dv.data()},
                       threads);
         for (int64_t n = 0; n < N; ++n) {
@@ -195,7 +195,7 @@ static void decode_and_backward_match_loops() {
               CHECK(dv[i] == 0);
               continue;
             }
-            const double c = scale[j] * product(&g[n * D], &W[j * D], D) + dv_in[i];
+            const double c = scale[j] * product(&g[n * D], &W[j * D], D) + dv_in[n + k * N];  // strided
             CHECK(std::abs(dv[i] - c) < 1e-5);
             db[j] += c;
             for (int64_t d = 0; d < D; ++d) {
@@ -229,7 +229,7 @@ static void indices_out_of_range_are_refused() {
       decode(values.data(), indices.data(), 1, 2, W.data(), 3, 2, true, nullptr, Slots::positive, y.data(), 1);
     }));
     CHECK(throws<std::invalid_argument>([&] {
-      code_backward({1, 2, 3, 2, values.data(), indices.data(), nullptr, nullptr, nullptr, nullptr, true, nullptr,
+      code_backward({1, 2, 3, 2, values.data(), indices.data(), nullptr, 0, 0, nullptr, nullptr, nullptr, true, nullptr,
                      nullptr, nullptr, dv.data()},
                     1);
     }));
@@ -246,7 +246,7 @@ static void empty_inputs_are_legal() {
   CHECK(nothing.values == std::vector<float>(6) && nothing.indices == std::vector<int32_t>(6) && nothing.count == std::vector<int32_t>(2));
   std::vector<float> dW(8, NAN), dv;
   const std::vector<float> W(8, 1.f);
-  code_backward({0, 0, 2, 4, nullptr, nullptr, nullptr, W.data(), W.data(), nullptr, true, dW.data(), nullptr, nullptr, nullptr}, 2);
+  code_backward({0, 0, 2, 4, nullptr, nullptr, nullptr, 0, 0, W.data(), W.data(), nullptr, true, dW.data(), nullptr, nullptr, nullptr}, 2);
   for (float v : dW) CHECK(v == 0);
 }
 
