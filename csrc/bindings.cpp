@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "assignment.hpp"
+#include "attention.hpp"
 #include "filter.hpp"
 #include "linear_kl.hpp"
 #include "simd.hpp"
@@ -105,6 +106,74 @@ static void bind_linear_kl(py::module_& m) {
   };
   elementwise("exp_lanes", exp_lanes);
   elementwise("tanh_lanes", tanh_lanes);
+}
+
+/// (B, heads, T, D) with contiguous rows; other axes as they lie.
+template <class T>
+static Heads<T> heads(T* data, const py::array_t<float>& a) {
+  const auto stride = [&](int axis) { return a.strides(axis) / static_cast<int64_t>(sizeof(float)); };
+  return {data, stride(0), stride(1), stride(2)};
+}
+
+static Heads<const float> in_heads(const py::array_t<float>& a) { return heads(a.data(), a); }
+static Heads<float> out_heads(py::array_t<float>& a) { return heads(a.mutable_data(), a); }
+
+static bool is_heads(const py::array_t<float>& a, int64_t B, int64_t H, int64_t T, int64_t D) {
+  return a.ndim() == 4 && a.shape(0) == B && a.shape(1) == H && a.shape(2) == T && a.shape(3) == D &&
+         (a.size() == 0 || D == 1 || a.strides(3) == sizeof(float));
+}
+
+static Attention attention_job(const py::array_t<float>& q, const py::array_t<float>& k, const py::array_t<float>& v,
+                               float scale, py::array_t<float>& out, Array<float>& lse) {
+  expect(q.ndim() == 4 && k.ndim() == 4, "q and k must have four axes");
+  const int64_t B = q.shape(0), H = q.shape(1), K = k.shape(1), T = q.shape(2), D = q.shape(3);
+  expect(K > 0 && H % K == 0, "q must have a multiple of k's heads");
+  expect(is_heads(q, B, H, T, D) && is_heads(k, B, K, T, D) && is_heads(v, B, K, T, D) && is_heads(out, B, H, T, D),
+         "q and out must be (B, H, T, D), k and v (B, K, T, D), rows contiguous");
+  expect(lse.size() == B * H * T, "lse must be (B, H, T)");
+  return {in_heads(q), in_heads(k), in_heads(v), B, H, K, T, D, scale, out_heads(out), lse.mutable_data()};
+}
+
+static void bind_attention(py::module_& m) {
+  using Strided = py::array_t<float>;
+  m.def(
+      "attention_scratch",
+      [](int64_t B, int64_t H, int64_t K, int64_t T, int64_t D, bool gradient, int threads) {
+        expect(K > 0 && H % K == 0, "q must have a multiple of k's heads");
+        Attention job{};
+        job.B = B, job.H = H, job.K = K, job.T = T, job.D = D;
+        return attention_scratch(job, gradient, threads);
+      },
+      py::arg("B"), py::arg("H"), py::arg("K"), py::arg("T"), py::arg("D"), py::arg("gradient"), py::arg("threads"));
+  m.def(
+      "attention",
+      [](const Strided& q, const Strided& k, const Strided& v, float scale, Strided out, Array<float> lse,
+         Array<float> scratch, int threads) {
+        const Attention job = attention_job(q, k, v, scale, out, lse);
+        expect(scratch.size() >= attention_scratch(job, false, threads), "scratch must have attention_scratch() elements");
+        float* const memory = scratch.mutable_data();
+        const py::gil_scoped_release release;
+        attention(job, memory, threads);
+      },
+      py::arg("q").noconvert(), py::arg("k").noconvert(), py::arg("v").noconvert(), py::arg("scale"),
+      py::arg("out").noconvert(), py::arg("lse").noconvert(), py::arg("scratch").noconvert(), py::arg("threads"));
+  m.def(
+      "attention_gradient",
+      [](const Strided& q, const Strided& k, const Strided& v, float scale, Strided out, Array<float> lse,
+         const Strided& dout, Strided dq, Strided dk, Strided dv, Array<float> scratch, int threads) {
+        const Attention of = attention_job(q, k, v, scale, out, lse);
+        expect(is_heads(dout, of.B, of.H, of.T, of.D) && is_heads(dq, of.B, of.H, of.T, of.D) &&
+                   is_heads(dk, of.B, of.K, of.T, of.D) && is_heads(dv, of.B, of.K, of.T, of.D),
+               "dout and dq must be (B, H, T, D), dk and dv (B, K, T, D), rows contiguous");
+        expect(scratch.size() >= attention_scratch(of, true, threads), "scratch must have attention_scratch() elements");
+        const AttentionGradient job{of, in_heads(dout), out_heads(dq), out_heads(dk), out_heads(dv)};
+        float* const memory = scratch.mutable_data();
+        const py::gil_scoped_release release;
+        attention_gradient(job, memory, threads);
+      },
+      py::arg("q").noconvert(), py::arg("k").noconvert(), py::arg("v").noconvert(), py::arg("scale"),
+      py::arg("out").noconvert(), py::arg("lse").noconvert(), py::arg("dout").noconvert(), py::arg("dq").noconvert(),
+      py::arg("dk").noconvert(), py::arg("dv").noconvert(), py::arg("scratch").noconvert(), py::arg("threads"));
 }
 
 static Precision precision_from_name(const std::string& name) {
@@ -528,6 +597,7 @@ PYBIND11_MODULE(_C, m) {
   bind_simd(m);
   bind_threads(m);
   bind_linear_kl(m);
+  bind_attention(m);
   bind_sparse(m);
   bind_assignment(m);
 }

@@ -20,45 +20,7 @@ constexpr int64_t kLine = 16;                     // floats of a cache line
 constexpr float kLowest = -3.4e38f;               // the reference before any logit was seen
 constexpr float kLeast = -70;                     // of exponents that put a chunk's terms to the final maximum
 
-/// e^x: x = n·ln 2 + r, |r| ≤ ln 2 / 2, e^r = 1 + r + r² q(r) with the q of degree 4 whose greatest relative error is
-/// least (2^-28; our fit), times 2^n.
-E2E_INLINE Lanes exp(Lanes x) {
-  constexpr float kSmallest = -87.33654f;  // below: 0 instead of a subnormal
-  constexpr float kRound = 12582912.f;     // 1.5 · 2^23: adding it rounds to an integer, in the low bits
-  const Lanes shifted = x * 1.44269504f + kRound, n = shifted - kRound;
-  Lanes r = x - n * 0.693359375f;  // ln 2 in two parts; the first product is exact
-  r = r + n * 2.12194440e-4f;
-  Lanes p = fill(0.001381454f);
-  p = p * r + 0.008368745f;
-  p = p * r + 0.04166839f;
-  p = p * r + 0.16666521f;
-  p = p * r + 0.49999994f;
-  p = p * r + 1.f;
-  p = p * r + 1.f;
-#if E2E_SIMD == 2
-  const __mmask16 keep = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(kSmallest), _CMP_NLT_UQ);
-  return (Lanes)_mm512_maskz_scalef_ps(keep, (__m512)p, (__m512)n);
-#else
-  p *= (Lanes)(((WordLanes)shifted << 23) + 0x3f800000u);
-  return x < kSmallest ? Lanes{} : p;
-#endif
-}
-
-/// tanh: an odd polynomial near 0 (where 1 - e would cancel), (1 - e) / (1 + e) with e = exp(-2|x|) elsewhere.
-E2E_INLINE Lanes tanh(Lanes x) {
-  const Lanes size = absolute(x);
-  const Lanes e = exp(size * -2.f);
-  const Lanes far = (1.f - e) / (1.f + e);
-  const Lanes q = x * x;
-  Lanes p = fill(-0.00886323552990219656f);  // Taylor: 1 - x²/3 + 2x⁴/15 - 17x⁶/315 + 62x⁸/2835 - 1382x¹⁰/155925
-  p = p * q + 0.0218694885361552028f;
-  p = p * q - 0.0539682539682539683f;
-  p = p * q + 0.133333333333333333f;
-  p = p * q - 0.333333333333333333f;
-  const Lanes near = x + x * (q * p);
-  const Lanes signed_far = (Lanes)((IntLanes)far | ((IntLanes)x & (int32_t)0x80000000));
-  return size < 0.25f ? near : signed_far;
-}
+#include "elementary.inl"
 
 /// `whole` for every full register at i in [0, n), then `tail` for the last m < kLanes numbers.
 #define E2E_EACH_REGISTER(i, n, whole, tail)          \

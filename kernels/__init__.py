@@ -18,6 +18,7 @@ torch.Size([4, 8])
 from e2e_fast.kernels import reference
 from e2e_fast.kernels._buffers import release_buffers
 from e2e_fast.kernels.adam import adam_step, clip_coefficient
+from e2e_fast.kernels.attention import attention
 from e2e_fast.kernels.autoencode import autoencode
 from e2e_fast.kernels.decode import decode
 from e2e_fast.kernels.density import DensityController
@@ -30,6 +31,7 @@ __all__ = [
     "JumpCode",
     "SparseCode",
     "adam_step",
+    "attention",
     "autoencode",
     "clip_coefficient",
     "decode",

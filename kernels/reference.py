@@ -165,6 +165,17 @@ def linear_kl_shared(
     return torch.stack([linear_kl(student, teacher, weight, bias, softcap=softcap) for student in students])
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    """``softmax(scale · q kᵀ, over keys up to the query's own token) v``, tokens before heads in the result.
+
+    q (B, H, T, D), k and v (B, K, T, D), K a divisor of H: query head h reads key head h // (H / K).
+    """
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    unseen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
+    scores = (scale * q @ k.mT).masked_fill(unseen, -torch.inf)
+    return (torch.softmax(scores, -1) @ v).transpose(1, 2)
+
+
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
     z = nnf.linear(hidden, weight, bias)
     return z if softcap is None else softcap * torch.tanh(z / softcap)

@@ -17,6 +17,10 @@ def leaf(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
+def queries_keys_values() -> list[torch.Tensor]:
+    return [torch.randn(2, heads, 7, 5, requires_grad=True) for heads in (4, 2, 2)]
+
+
 def operator_calls() -> dict[str, tuple]:
     torch.manual_seed(0)
     x, W_enc, b_enc, W_dec, b_dec = leaf(N, D), leaf(F, D), leaf(F), leaf(F, D), leaf(D)
@@ -29,6 +33,8 @@ def operator_calls() -> dict[str, tuple]:
     norms = plain[2].norm(dim=-1).reciprocal()
     c = leaf(N, F).detach().relu_()
     adam = [t.clone() for t in (plain[1], plain[2], plain[1], plain[2].abs())]
+    attended = [t.detach() for t in queries_keys_values()]
+    attended = [*attended, 0.5, *op.attention(*attended, 0.5)]
     return {
         "encode_topk": (op.encode_topk, (x, W_enc, b_enc, 3)),
         "encode_relu[capacity]": (op.encode_relu, (x, W_enc, b_enc, 5)),
@@ -83,6 +89,8 @@ def operator_calls() -> dict[str, tuple]:
             op.adam_step,
             (*adam, *torch.ones(2).double(), 0.9, 0.999, 1e-8, 0.0, norms[0].clone(), norms.clone(), plain[2].clone()),
         ),
+        "attention": (op.attention, (*queries_keys_values(), 0.5)),
+        "attention_backward": (op.attention_backward, (*attended, torch.randn_like(attended[4]))),
         "linear_kl": (op.linear_kl, (x, teacher, unembed, bias, 2.0, True)),
         "linear_kl_shared": (op.linear_kl_shared, (leaf(3, N, D), teacher, unembed, bias, 2.0, True)),
         "linear_kl_shared[no gradient]": (
@@ -125,6 +133,7 @@ def test_second_derivatives_are_refused_not_wrong():
 
 MODULES = [
     "adam",
+    "attention",
     "autoencode",
     "code_backward",
     "decode",
