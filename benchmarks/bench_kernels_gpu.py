@@ -2,7 +2,9 @@
 
     python benchmarks/bench_kernels_gpu.py --out DIR [--only NAME] [--sweep]
 
-writes DIR/kernels.jsonl (one record a provider: device, versions, commit, median and spread) and DIR/kernels.md. Every
+writes DIR/kernels.jsonl (one record a provider: device, versions, commit, median and spread) and DIR/kernels.md: first
+ours and eager torch for every operator, then torch.compile and peers. A provider that fails is recorded and the others
+go on; where it broke the GPU's context, in a new process. The exit status is 1 where one of ours failed. Every
 provider's result is first compared with float64 on a few rows; one that errs more than the operator's tolerance is
 reported as wrong and not timed. The floor is the larger of FLOPs / 790 TFLOP/s and bytes / 4.3 TB/s, what such a GPU
 reached in plain matrix products and copies. ``--sweep`` times other block sizes for each kernel. ``--tiny`` runs all of
@@ -13,8 +15,9 @@ import argparse
 import datetime
 import importlib.util
 import json
+import os
 import platform
-import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -593,6 +596,10 @@ def sweep(operator: Operator, rep_ms: int) -> Iterator[dict[str, Any]]:
             yield {"operator": operator.name, "shape": operator.shape, "kernel": kernel, **options, **times}
 
 
+LATE = ("torch.compile", "fla", "liger")
+"""Providers that come after all others: a report that is cut short has the rest."""
+
+
 # --- Measuring --------------------------------------------------------------------------------------------------------
 
 
@@ -606,11 +613,11 @@ def measure(call: Callable[[], Any], rep_ms: int) -> dict[str, float]:
     return dict.fromkeys(("ms", "p20_ms", "p80_ms"), 1e3 * (time.perf_counter() - start))
 
 
-def run(operator: Operator, rep_ms: int, tiny: bool) -> Iterator[dict[str, Any]]:
-    """One record a provider."""
+def run(operator: Operator, rep_ms: int, tiny: bool, late: bool) -> Iterator[dict[str, Any]]:
+    """One record a provider: of those that take long to start if ``late``, else of the others."""
     for name, call in operator.providers.items():
-        if name.startswith("torch.compile") and tiny:
-            continue  # a minute of compilation, for nothing
+        if name.startswith(LATE) != late or (name.startswith("torch.compile") and tiny):
+            continue  # a minute of compilation, on little tensors for nothing
         record: dict[str, Any] = {"operator": operator.name, "shape": operator.shape, "provider": name}
         record |= {"floor_ms": operator.floor_ms, "target_ms": operator.target_ms}
         try:
@@ -623,23 +630,32 @@ def run(operator: Operator, rep_ms: int, tiny: bool) -> Iterator[dict[str, Any]]
             record["peak_mb"] = peak.bytes / 2**20
             record |= measure(call, rep_ms)
         except Exception as reason:  # a provider that cannot run is a result, not the end of the report
-            if name == "ours":
-                raise
-            record["failed"] = f"{type(reason).__name__}: {reason}".partition("\n")[0]
+            record["failed"] = summary(reason)
         yield record
 
 
-def machine() -> dict[str, Any]:
+def summary(reason: Exception) -> str:
+    return f"{type(reason).__name__}: {reason}".partition("\n")[0]
+
+
+def usable() -> bool:
+    """Whether the GPU still answers: after an illegal access it never does again in the same process."""
+    try:
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+def machine(commit: str) -> dict[str, Any]:
     """What the numbers belong to."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
     return {
         "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{platform.machine()}, no GPU",
         "torch": torch.__version__,
         "triton": triton.__version__,
         "interpreted": _launch.INTERPRETED,
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
 
@@ -667,35 +683,54 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--sweep", action="store_true", help="time other block sizes instead of other providers")
     parser.add_argument("--tiny", action="store_true", help="little tensors: checks this file")
     parser.add_argument("--rep-ms", type=int, default=200, help="time spent on each measurement")
+    parser.add_argument("--commit", default="unknown", help="what is measured")
+    parser.add_argument("--first", type=int, default=0, help="go on with this operator: of a run that broke the GPU")
     options = parser.parse_args(arguments)
     if DEVICE.type != "cuda" and not (options.tiny and _launch.INTERPRETED):
         parser.error("no GPU here: only --tiny with TRITON_INTERPRET=1 can run")
     options.out.mkdir(parents=True, exist_ok=True)
-    where, records = machine(), []
-    name = "sweep" if options.sweep else "kernels"
-    with (options.out / f"{name}.jsonl").open("w") as file:
-        for make in operators(options.tiny):
+    where, name = machine(options.commit), "sweep" if options.sweep else "kernels"
+    file = options.out / f"{name}.jsonl"
+    if not options.first:
+        file.write_text("")
+    rounds = (False,) if options.sweep else (False, True)
+    makers = [(make, late) for late in rounds for make in operators(options.tiny)]
+    for number, (make, late) in enumerate(makers):
+        if number < options.first:
+            continue
+        try:
             made = make()
             for operator in [made] if isinstance(made, Operator) else made:
                 if options.only not in operator.name:
                     continue
-                found = (
-                    sweep(operator, options.rep_ms) if options.sweep else run(operator, options.rep_ms, options.tiny)
-                )
-                for record in found:
-                    records.append(record)
-                    print(json.dumps(record), flush=True)
-                    file.write(json.dumps(record | where) + "\n")
-                    file.flush()
-            del made
-            if not options.sweep:  # so far: a report that is cut short has its table too
-                (options.out / "kernels.md").write_text(f"{where}\n\n{markdown(records)}")
-            if not options.tiny:
-                torch.compiler.reset()
-    if not options.sweep:
-        print(markdown(records))
-    return records
+                tried = run(operator, options.rep_ms, options.tiny, late)
+                for record in sweep(operator, options.rep_ms) if options.sweep else tried:
+                    append(file, record | where)
+            made = operator = None
+        except Exception as reason:  # its inputs, or the reference
+            failed = {"operator": f"number {number}", "shape": "", "provider": "ours", "failed": summary(reason)}
+            append(file, failed | where)
+        if not options.sweep:  # so far: a report that is cut short has its table too
+            table = markdown(sorted(recorded(file), key=lambda r: (r["operator"], r["shape"])))
+            (options.out / "kernels.md").write_text(f"{where}\n\n{table}")
+        if not usable():
+            rest = [a for a in (arguments or sys.argv[1:]) if not a.startswith("--first=")]
+            os.execv(sys.executable, [sys.executable, __file__, *rest, f"--first={number + 1}"])
+        if not options.tiny:
+            torch.compiler.reset()
+    return recorded(file)
+
+
+def recorded(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def append(file: Path, record: dict[str, Any]) -> None:
+    print(json.dumps(record), flush=True)
+    with file.open("a") as lines:
+        lines.write(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    ours = [r for r in main() if "failed" in r and r.get("provider", "ours").startswith("ours")]
+    sys.exit(f"{len(ours)} of ours failed" if ours else 0)

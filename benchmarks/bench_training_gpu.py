@@ -196,12 +196,14 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for training.jsonl, training.md, overhead.json")
     parser.add_argument("--tiny", action="store_true", help="little tensors: checks this file")
+    parser.add_argument("--commit", default="unknown", help="what is measured")
     options = parser.parse_args(arguments)
     if DEVICE.type != "cuda" and not options.tiny:
         parser.error("no GPU here: only --tiny can run")
     options.out.mkdir(parents=True, exist_ok=True)
     size = TINY if options.tiny else Size()
     where = {"device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU", "torch": torch.__version__}
+    where["commit"] = options.commit
     records: list[dict[str, Any]] = []
     with (options.out / "training.jsonl").open("w") as file:
         for kind in ("local", "e2e"):

@@ -213,6 +213,11 @@ def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *arguments: Any, **
         kernel[grid](*arguments, **constants)
 
 
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """The tensor as kernels read it; None stays None."""
+    return None if tensor is None else tensor.contiguous()
+
+
 def promoted(*tensors: Tensor | None) -> torch.dtype:
     """The dtype that all these tensors are brought to before a product. Raises ValueError unless it is floating."""
     dtype = functools.reduce(torch.promote_types, [t.dtype for t in tensors if t is not None])

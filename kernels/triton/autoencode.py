@@ -20,7 +20,15 @@ import triton.language as tl
 from torch import Tensor
 
 from e2e_fast.kernels.reference import NORM_EPS
-from e2e_fast.kernels.triton._launch import accumulator, blocks, launch, promoted, store_rounded, tl_accumulator
+from e2e_fast.kernels.triton._launch import (
+    accumulator,
+    blocks,
+    contiguous,
+    launch,
+    promoted,
+    store_rounded,
+    tl_accumulator,
+)
 from e2e_fast.kernels.triton.decode import gather_rows, row_inverse_norms
 
 MOST_PARTIAL = 4096
@@ -53,13 +61,13 @@ def code_backward(
     N, K = values.shape
     F, D = weight.shape
     out = values.new_zeros(N, K)
-    none = values.new_empty(0)
-    dW_dec = W_dec.new_empty(F, D) if need_dW_dec and W_dec is not None else none
-    dW_enc = W_enc.new_empty(F, D) if need_dW_enc and W_enc is not None else none
-    db_enc = W_enc.new_empty(F) if need_dW_enc and W_enc is not None else none
+    # An operator's results may not share memory, so each empty one is a tensor of its own.
+    dW_dec = W_dec.new_empty(F, D) if need_dW_dec and W_dec is not None else values.new_empty(0)
+    dW_enc = W_enc.new_empty(F, D) if need_dW_enc and W_enc is not None else values.new_empty(0)
+    db_enc = W_enc.new_empty(F) if need_dW_enc and W_enc is not None else values.new_empty(0)
     scale = None
     if W_dec is not None and normalize:
-        scale = row_inverse_norms(W_dec) if inverse_norms is None else inverse_norms
+        scale = row_inverse_norms(W_dec) if inverse_norms is None else inverse_norms.contiguous()
     order, offsets, by_count = transpose(values, indices, F)
     if order.numel() < 1 << 31:
         order = order.int()  # a division of 64-bit numbers costs a hundred instructions, and one stands in the loop
@@ -76,17 +84,17 @@ def code_backward(
     launch(
         code_backward_kernel, (F + extra,), values,
         order, *spans,
-        values.contiguous(), _contiguous(dvalues), _contiguous(g), _contiguous(W_dec), scale, _contiguous(x),
+        values.contiguous(), contiguous(dvalues), contiguous(g), contiguous(W_dec), scale, contiguous(x),
         *gradients, out, partial_a, partial_e, partial_db,
         F, K, D, (1 - 1e-6) / NORM_EPS, **constants, **options,
     )  # fmt: skip
     if extra and (need_dW_dec or need_dW_enc):
         launch(
             add_segments_kernel, (min(extra, F),), values,
-            *spans, _contiguous(W_dec), scale, partial_a, partial_e, partial_db, *gradients,
+            *spans, contiguous(W_dec), scale, partial_a, partial_e, partial_db, *gradients,
             F, D, (1 - 1e-6) / NORM_EPS, **constants, **blocks("add_segments", weight, D),
         )  # fmt: skip
-    dx = none
+    dx = values.new_empty(0)
     if need_dx:
         assert x is not None
         assert W_enc is not None
@@ -116,10 +124,6 @@ def segments(offsets: Tensor, by_count: Tensor, segment: int, extra: int) -> tup
     ends = ((counts + segment - 1) // segment).clamp_min(1).cumsum(0)
     programs = torch.arange(by_count.numel() + extra, device=ends.device)
     return torch.searchsorted(ends, programs, right=True), ends
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
 
 
 @triton.jit

@@ -13,7 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from e2e_fast.kernels.reference import NORM_EPS
-from e2e_fast.kernels.triton._launch import accumulator, blocks, launch, promoted, store_rounded, tl_accumulator
+from e2e_fast.kernels.triton._launch import (
+    accumulator,
+    blocks,
+    contiguous,
+    launch,
+    promoted,
+    store_rounded,
+    tl_accumulator,
+)
 
 
 def decode(
@@ -57,7 +65,8 @@ def gather_rows(
     options = blocks("gather_rows", weight)
     launch(
         gather_rows_kernel, (N, triton.cdiv(D, options["BLOCK_D"])), weight,
-        coefficients.contiguous(), indices.contiguous(), weight.contiguous(), bias, scale, out, K, D,
+        coefficients.contiguous(), indices.contiguous(), weight.contiguous(), contiguous(bias),
+        contiguous(scale), out, K, D,
         POSITIVE=positive, ACC=tl_accumulator(promoted(coefficients, weight)), **options,
     )  # fmt: skip
     return out

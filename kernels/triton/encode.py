@@ -38,6 +38,7 @@ from torch import Tensor
 from e2e_fast.kernels.triton._launch import (
     accumulator,
     blocks,
+    contiguous,
     launch,
     mm_accumulated,
     promoted,
@@ -68,6 +69,7 @@ def encode_topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> Code:
     ascending index; unused slots are 0 with index 0. Scores are float32 (float64 for float64 inputs), the selection is
     exact; float32 inputs are screened in bfloat16 first where k is small beside F.
     """
+    bias = contiguous(bias)
     if promoted(x, weight) == torch.float32 and SCREENED_SHARE * k <= weight.shape[0] and k <= MOST_SELECTED // 2:
         return encode_topk_screened(x.float(), weight.float(), bias, k)
     values, indices, count = _empty_code(x, weight, k)
@@ -87,7 +89,7 @@ def encode_topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> Code:
 def encode_topk_screened(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> Code:
     """`encode_topk` of float32 x and weight by bfloat16 products and float32 rescoring; k ≤ `MOST_SELECTED` / 2."""
     N, D = x.shape
-    x, weight = x.contiguous(), weight.contiguous()
+    x, weight, bias = x.contiguous(), weight.contiguous(), contiguous(bias)
     F = weight.shape[0]
     capacity = max(32, triton.next_power_of_2(4 * k))
     values, indices, count = _empty_code(x, weight, k)
@@ -150,6 +152,7 @@ def encode_batch_topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, ca
     Entries equal to τ are all kept, so ties can add to k·N. With fewer than k·N positive scores all are kept and τ
     is 0. Holds the scores of the whole batch, N × F accumulators, since τ is known only after the last of them.
     """
+    bias = contiguous(bias)
     z = torch.cat([z for _, z in _score_chunks(x, weight)]) if x.shape[0] else weight.new_empty(0, weight.shape[0])
     key = kth_key(z, bias, k * x.shape[0])
     tau, below = _float_of(key, z.dtype), _float_of((key - 1).clamp_min(0), z.dtype)
@@ -485,7 +488,8 @@ def _radius(z, norms_ptr, errors_ptr, row_norm, row_error, cols, F):
 
 
 def _encode_filtered(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor | None, capacity: int) -> Code:
-    F = weight.shape[0]
+    F, bias = weight.shape[0], contiguous(bias)
+    threshold = contiguous(threshold)
     if capacity < 0:
         capacity = max((_fullest(z, bias, threshold) for _, z in _score_chunks(x, weight)), default=0)
     values, indices, count = _empty_code(x, weight, min(capacity, F))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from e2e_fast.kernels.encode import jump_slots
-from e2e_fast.kernels.triton._launch import accumulator, promoted
+from e2e_fast.kernels.triton._launch import accumulator, contiguous, promoted
 from e2e_fast.kernels.triton.encode import _filter, _fullest, _score_chunks
 
 
@@ -23,9 +23,9 @@ def encode_jump_relu(
     the GPU.
     """
     (N, _), F = x.shape, weight.shape[0]
-    dtype = promoted(x, weight)
+    dtype, bias = promoted(x, weight), contiguous(bias)
     theta = threshold.to(accumulator(dtype))
-    floor = (theta - bandwidth / 2).clamp_min(0)
+    floor = (theta - bandwidth / 2).clamp_min(0).contiguous()
     if capacity < 0:
         capacity = max((_fullest(z, bias, floor) for _, z in _score_chunks(x, weight)), default=0)
     scores = x.new_empty(N, min(capacity, F), dtype=theta.dtype)

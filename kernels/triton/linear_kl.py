@@ -21,6 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from e2e_fast.kernels.triton._launch import (
     accumulator,
     blocks,
+    contiguous,
     launch,
     mm_accumulated,
     promoted,
@@ -50,6 +51,7 @@ def linear_kl(
     Nothing waits for the GPU, and identical inputs give exactly 0.
     """
     dtype, D = promoted(student, teacher, weight), student.shape[1]
+    bias = contiguous(bias)
     way = variant("linear_kl", student, D)
     if way != "logits" and serves(dtype, D, softcap):
         padded = padded_unembedding(weight, dtype)
@@ -68,7 +70,7 @@ def linear_kl_shared(
     S, N, _ = students.shape
     V = weight.shape[0]
     dtype = promoted(students, teacher, weight)
-    acc = accumulator(dtype)
+    acc, bias = accumulator(dtype), contiguous(bias)
     padded = padded_unembedding(weight, dtype)
     stride = padded.shape[0]
     # float16 holds nothing below 6e-8: probabilities are scaled into its range, and back after the product.

@@ -2,10 +2,13 @@
 
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +28,36 @@ def test_the_gpu_benchmark_runs_every_operator_on_little_tensors(tmp_path):
     assert (tmp_path / "kernels.md").read_text().count("\n| ") >= len(records)
 
 
+def test_what_fails_is_recorded_and_a_broken_gpu_is_left_to_a_new_process(tmp_path, monkeypatch):
+    def wrong(*arguments, **options):
+        raise RuntimeError("an illegal access\nand much text")
+
+    class Replaced(Exception):
+        pass
+
+    def replace(program, arguments):
+        raise Replaced(arguments)
+
+    monkeypatch.setattr(bench_kernels_gpu, "adam_step", wrong)
+    only = ["--tiny", "--only", "adam", "--rep-ms", "1", "--commit", "abc", "--out", str(tmp_path)]
+    ours, *theirs = bench_kernels_gpu.main(only)
+    assert (ours["provider"], ours["failed"]) == ("ours", "RuntimeError: an illegal access")
+    assert theirs
+    assert all("failed" not in r and r["commit"] == "abc" for r in theirs)
+
+    monkeypatch.setattr(bench_kernels_gpu, "usable", lambda: False)
+    monkeypatch.setattr(bench_kernels_gpu.os, "execv", replace)
+    with pytest.raises(Replaced) as replaced:
+        bench_kernels_gpu.main([*only, "--first=3"])
+    assert replaced.value.args[0][-1] == "--first=4"
+    assert replaced.value.args[0][2:-1] == only
+    monkeypatch.setattr(bench_kernels_gpu, "adam_operator", wrong)
+    monkeypatch.setattr(bench_kernels_gpu, "usable", lambda: True)
+    records = bench_kernels_gpu.main([*only, "--first=4"])
+    assert records[: 1 + len(theirs)] == [ours, *theirs]  # what was measured before stays
+    assert [r["failed"] for r in records[1 + len(theirs) :]] == ["RuntimeError: an illegal access"] * 2
+
+
 def test_the_sweep_tries_other_block_sizes(tmp_path):
     before = {kernel: dict(table) for kernel, table in bench_kernels_gpu._launch.BLOCKS.items()}
     arguments = ["--tiny", "--sweep", "--only", "adam", "--out", str(tmp_path), "--rep-ms", "1"]
@@ -41,7 +74,8 @@ def test_without_a_gpu_only_the_tiny_run_is_allowed(tmp_path, capsys):
 
 
 def test_the_training_benchmark_runs_every_way_on_little_tensors(tmp_path, capsys):
-    pytest.importorskip("transformers", reason="the language model of the training benchmark")
+    for package in ("transformers", "pydantic", "yaml", "safetensors"):
+        pytest.importorskip(package, reason="the training benchmark needs it, the kernels do not")
     bench_training_gpu = importlib.import_module("benchmarks.bench_training_gpu")
     records = bench_training_gpu.main(["--tiny", "--out", str(tmp_path)])
     assert [r["kind"] for r in records] == ["local"] * 5 + ["e2e"] * 5
@@ -53,11 +87,68 @@ def test_the_training_benchmark_runs_every_way_on_little_tensors(tmp_path, capsy
     assert "x local" in capsys.readouterr().out
 
 
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks/gpu_report.sh"
+
+
 def test_the_report_ends_within_nine_minutes():
-    script = (Path(__file__).resolve().parents[2] / "benchmarks/gpu_report.sh").read_text()
-    limits = [int(seconds) for seconds in re.findall(r'^ *step "[a-z ]+" (\d+) ', script, re.MULTILINE)]
+    limits = [int(s) for s in re.findall(r'^ *step "[a-z ]+" (\d+) ', SCRIPT.read_text(), re.MULTILINE)]
     assert len(limits) == 8
     assert sum(limits) < 9 * 60 - 5
+
+
+def report(*arguments: Any, **environment: str) -> subprocess.CompletedProcess:
+    command = ["bash", str(SCRIPT), *map(str, arguments)]
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def steps(folder: Path) -> dict[str, int]:
+    """Name → exit status, of the report's first table."""
+    rows = [line.split("|") for line in (folder / "report.md").read_text().splitlines() if line.endswith(" |")]
+    return {row[1].strip(): int(row[2]) for row in rows if row[2].strip().isdigit() and len(row) == 6}
+
+
+def test_a_step_that_fails_stops_no_other(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(
+        """#!/bin/bash
+        out=%s
+        case "$*" in
+            *nvidia-smi*) echo "fla missing"; echo "commit ${@: -1}" ;;
+            *--sweep*) echo '{}' > $out/sweep.jsonl ;;
+            *bench_kernels_gpu*) echo "| a kernel |" > $out/kernels.md; exit 3 ;;
+            *pytest*kernels_triton*) echo "12 passed" ;;
+            *bench_training_gpu*) echo "no module"; exit 1 ;;
+        esac
+        """
+        % (tmp_path / "out")
+    )
+    python.chmod(0o755)
+    done = report(tmp_path / "out", python, COMMIT="abcdef")
+    assert done.returncode == 3, done.stderr
+    expected = {"machine": 0, "kernels": 3, "tests": 0, "training": 1, "graphs": 0, "sweep": 0}
+    assert expected.items() <= steps(tmp_path / "out").items()
+    assert "commit abcdef" in (tmp_path / "out/machine.txt").read_text()
+    assert "12 passed" in done.stdout
+    assert "| a kernel |" in (tmp_path / "out/report.md").read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present, so the full report would start")
+def test_only_what_is_missing_is_unpacked_and_nothing_is_measured_without_a_gpu(tmp_path):
+    for name in ("torch", "not_to_be_found_elsewhere"):
+        with zipfile.ZipFile(tmp_path / f"{name}-99.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{name}/__init__.py", "")
+            about = f"{name}-99.0.dist-info"
+            wheel.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 99.0\n")
+            wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            wheel.writestr(f"{about}/RECORD", "")
+    done = report(tmp_path / "out", sys.executable, tmp_path)
+    assert done.returncode == 1
+    assert "nothing was measured" in done.stderr
+    assert steps(tmp_path / "out") == {"packages": 0, "machine": 1}
+    unpacked = (tmp_path / "out/packages.txt").read_text()
+    assert "not_to_be_found_elsewhere" in unpacked
+    assert "torch-99.0" not in unpacked
 
 
 def test_the_kernels_need_torch_triton_and_numpy_alone():

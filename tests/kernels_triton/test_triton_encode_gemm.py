@@ -162,8 +162,8 @@ def test_launching_reads_no_number_off_the_device(monkeypatch, chosen):
     for place in (module, encode_gemm):
         monkeypatch.setattr(place, "launch", lambda kernel, *_, **__: launched.append(kernel))
     with FakeTensorMode():  # holds no data: an .item(), or a shape that depends on values, raises
-        x, weight = (torch.empty(n, 16, dtype=torch.bfloat16) for n in (200, 2000))
-        values, _, count = encode_topk(x, weight, torch.empty(2000), 8)
+        x, weight = (torch.empty(n, 16, dtype=torch.bfloat16, device=DEVICE) for n in (200, 2000))
+        values, _, count = encode_topk(x, weight, torch.empty(2000, device=DEVICE), 8)
     assert (values.shape, count.shape) == ((200, 8), (200,))
     kernels = [encode_gemm.topk_gemm_kernel, encode_gemm.topk_bound_kernel, encode_gemm.topk_gemm_kernel]
     assert launched == [*kernels, module.topk_scan_kernel, module.topk_rank_kernel]

@@ -205,8 +205,8 @@ def test_launching_reads_no_number_off_the_device(monkeypatch, way, need_grad):
         monkeypatch.setattr(place, "launch", lambda kernel, *_, **__: launched.append(kernel))
     monkeypatch.setitem(_launch.VARIANTS, "linear_kl", {("any", "any", "any"): way})
     with FakeTensorMode():
-        student, teacher, weight = (torch.empty(n, 16, dtype=torch.bfloat16) for n in (300, 300, 45))
-        loss, gradient = linear_kl(student, teacher, weight, torch.empty(45), None, need_grad)
+        student, teacher, weight = (torch.empty(n, 16, dtype=torch.bfloat16, device=DEVICE) for n in (300, 300, 45))
+        loss, gradient = linear_kl(student, teacher, weight, torch.empty(45, device=DEVICE), None, need_grad)
     assert loss.shape == (300,)
     assert gradient.shape == ((300, 16) if need_grad else (0,))
     assert len(launched) == (1 if way == "logits" else 2 + need_grad)
