@@ -30,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+CONFIG = "final_config.yaml"
 WEIGHTS = re.compile(r"samples_(\d+)\.(?:safetensors|pt)")
 
 
@@ -114,16 +115,16 @@ def read_run(folder: Path, file: str | Path | None = None) -> tuple[dict[str, An
         folder, file = folder.parent, folder
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no run folder {folder}")
-    config = folder / "final_config.yaml"
+    config = folder / CONFIG
     if not config.is_file():
-        raise FileNotFoundError(f"{folder} holds no final_config.yaml")
+        raise FileNotFoundError(f"{folder} holds no {CONFIG}")
     weights = newest(folder)[1] if file is None else folder / file
     return yaml.safe_load(config.read_text()) or {}, load_tensors(weights)
 
 
 def write_config(folder: Path, settings: Mapping[str, Any]) -> Path:
     """``final_config.yaml`` of a run folder."""
-    return write_atomically(folder / "final_config.yaml", yaml.safe_dump(dict(settings), sort_keys=False).encode())
+    return write_atomically(folder / CONFIG, yaml.safe_dump(dict(settings), sort_keys=False).encode())
 
 
 def save_resume(

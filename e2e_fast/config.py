@@ -17,7 +17,7 @@ a misspelt key is an error. Two deliberate differences: relative paths are relat
 
 import difflib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -211,6 +211,9 @@ class Config(BaseModel):
                 raise ValueError("lr_schedule 'cosine' needs n_samples, got None")
             if self.cooldown_samples:
                 raise ValueError(f"lr_schedule 'cosine' needs cooldown_samples 0, got {self.cooldown_samples}")
+        if self.n_optimizer_steps == 0:
+            step = f"an optimizer step ({self.samples_per_step} sequences)"
+            raise ValueError(f"n_samples must be at least {step}, got {self.n_samples}")
         if self.eval_every_n_samples is not None and self.eval_data is None:
             raise ValueError("eval_every_n_samples needs eval_data, got None")
         self._check_schedule(self.schedule or ())
@@ -333,6 +336,49 @@ class Config(BaseModel):
         return load_config({**self.model_dump(), **changes})
 
 
+RESUMABLE_WITH = frozenset(
+    {
+        "wandb_project", "wandb_run_name", "wandb_run_name_prefix", "save_dir", "save_every_n_samples",
+        "keep_checkpoints", "eval_every_n_samples", "eval_n_samples", "eval_data", "log_every_n_grad_steps",
+        "collect_act_frequency_every_n_samples", "act_frequency_n_tokens", "batch_size", "compile", "cuda_graphs",
+        "device",
+    }
+)  # fmt: skip
+"""Keys that may change when a run is resumed: what is saved, logged and measured, and where and in which portions it is
+computed. All others decide the weights that the run ends with."""
+
+
+def require_same_run(began: Config, now: Config, folder: Path, given: Collection[str] = ()) -> None:
+    """Raises ConfigError, with every difference, unless ``now`` goes on with the run that began in ``folder``.
+
+    ``given``: keys in whose place something else was given (a language model, tokens), which are not compared.
+    """
+
+    def decisive(config: Config) -> dict[str, Any]:
+        settings = config.model_dump(exclude={*RESUMABLE_WITH, *given}, mode="json")
+        return dict(_flat(settings | {"effective_batch_size": config.samples_per_step}))
+
+    before, after = decisive(began), decisive(now)
+    changed = [
+        f"{key} was {before.get(key)!r}, is {after.get(key)!r}"
+        for key in dict.fromkeys([*before, *after])
+        if before.get(key) != after.get(key)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{folder} cannot go on with other settings than it began with: {'; '.join(changed)}. Resume it with "
+            "its own final_config.yaml, or start a new run from its weights (saes.pretrained_sae_paths, saes.retrain_saes)"
+        )
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def load_config(source: "str | Path | Mapping[str, Any] | Config") -> Config:
     """A configuration from a YAML file, a mapping or a Config.
 
@@ -347,8 +393,8 @@ def load_config(source: "str | Path | Mapping[str, Any] | Config") -> Config:
             raise FileNotFoundError(f"config must be a YAML file, a mapping or a Config; there is no file {path}")
         name = str(path)
         try:
-            source = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
+            source = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"{name} is not valid YAML: {error}") from error
     if not isinstance(source, Mapping):
         raise ConfigError(f"{name} must hold a mapping of keys to values, got {type(source).__name__}")

@@ -135,7 +135,8 @@ class TokenBatches:
         self.repeat = tokens is None if repeat is None else repeat
         self._source: _Source
         if tokens is not None:
-            self._source = _given_tokens(tokens, _Order(seed, shuffle))
+            ids = token_array(tokens)
+            self._source = _Array("tokens", ids, ids.shape[1], _Order(seed, shuffle))
         else:
             assert config is not None
             self._source = open_source(config, tokenizer, _Order(seed, shuffle))
@@ -362,14 +363,18 @@ def open_source(config: DatasetConfig, tokenizer: Any, order: _Order) -> _Source
     return _Dataset(f"dataset {name!r}", _load_dataset(name, path, config), config, tokenizer, order)
 
 
-def _given_tokens(tokens: Any, order: _Order) -> _Array:
-    ids = tokens.detach().cpu().numpy() if isinstance(tokens, Tensor) else np.asanyarray(tokens)
+def token_array(tokens: Any) -> np.ndarray:
+    """A tensor, array or list of rows as an array of integers [samples, T]; raises ValueError for anything else."""
+    try:
+        ids = tokens.detach().cpu().numpy() if isinstance(tokens, Tensor) else np.asanyarray(tokens)
+    except ValueError as error:  # rows of different lengths
+        raise ValueError(f"tokens must be [samples, T], got no array ({error})") from error
     _check_array("tokens", ids)
     if ids.ndim != 2:
         raise ValueError(f"tokens must be [samples, T], got shape {list(ids.shape)}")
     if 0 in ids.shape:
         raise ValueError(f"tokens must hold at least one sample of one token, got shape {list(ids.shape)}")
-    return _Array("tokens", ids, ids.shape[1], order)
+    return ids
 
 
 def _embedded(config: DatasetConfig, tokenizer: Any, order: _Order) -> _Array:

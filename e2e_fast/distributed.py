@@ -36,9 +36,19 @@ class World(NamedTuple):
         return self.rank == 0
 
     def device(self, wanted: str | None) -> str:
-        """The device of this process: its own GPU where there are several processes."""
+        """The device of this process: its own GPU where there are several processes.
+
+        Raises ValueError for a device that is not there.
+        """
         name = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
-        return f"cuda:{self.local_rank}" if name == "cuda" and self.size > 1 else name
+        name = f"cuda:{self.local_rank}" if name == "cuda" and self.size > 1 else name
+        try:
+            kind, number = torch.device(name).type, torch.device(name).index or 0
+        except RuntimeError as error:
+            raise ValueError(f"device must be cpu, cuda or cuda:N, got {name!r}") from error
+        if kind == "cuda" and number >= torch.cuda.device_count():
+            raise ValueError(f"device {name!r} is not here: torch sees {torch.cuda.device_count()} NVIDIA GPUs")
+        return name
 
     def average_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Each parameter's gradient becomes the mean over the processes."""

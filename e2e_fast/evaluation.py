@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from e2e_fast import losses
+from e2e_fast.data import token_array
 from e2e_fast.losses import InToOrigLoss, LossConfig, WeightedLoss
 from e2e_fast.metrics import ActFrequency, step_metrics
 from e2e_fast.step import forward_step, original_pass
@@ -36,8 +37,13 @@ def evaluate(
     """Metrics under e2e_sae's key names (``performance/eval/difference_ce_loss``, ``sparsity/eval/L_0/…``, …).
 
     tokens: [samples, T], or an iterable of [B, T] batches. ``loss`` is the training loss, whose other terms are then
-    reported too. Raises ValueError when there is no batch.
+    reported too. Raises ValueError when there is no batch, and for what is no SAETransformer or no token ids.
     """
+    if not hasattr(model, "by_position"):
+        raise ValueError(
+            f"model must be an SAETransformer, such as run.model or SAETransformer.from_local_path(folder), got a "
+            f"{type(model).__name__}"
+        )
     loss = losses.with_full_names(loss or losses.e2e(sparsity=0.0), model.lm.positions())
     loss = evaluation_loss(loss, model.lm, list(model.by_position))
     return evaluate_together(model.lm, [(model.by_position, loss)], batches_of(tokens, batch_size))[0]
@@ -100,10 +106,13 @@ def count_together(
 
 def batches_of(tokens: "Tensor | np.ndarray | Iterable[Tensor]", batch_size: int) -> Iterable[Tensor]:
     """Consecutive [batch_size, T] rows of an array (the last batch may be smaller), or the iterable itself."""
-    if isinstance(tokens, np.ndarray):
-        tokens = torch.as_tensor(np.ascontiguousarray(tokens))
-    if isinstance(tokens, Tensor):
-        if tokens.ndim != 2:
-            raise ValueError(f"tokens must be [samples, T], got shape {list(tokens.shape)}")
-        return (chunk.long() for chunk in tokens.split(batch_size))
+    if isinstance(tokens, (np.ndarray, Tensor)):
+        ids = token_array(tokens)
+        return (torch.from_numpy(ids[i : i + batch_size].astype(np.int64)) for i in range(0, len(ids), batch_size))
+    return map(_as_batch, tokens)
+
+
+def _as_batch(tokens: Any) -> Tensor:
+    if not isinstance(tokens, Tensor):
+        raise ValueError(f"tokens must be an array [samples, T] or batches of tensors, got a {type(tokens).__name__}")
     return tokens

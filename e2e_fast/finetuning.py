@@ -22,6 +22,7 @@ from torch import Tensor
 
 from e2e_fast import checkpoint, formats, losses
 from e2e_fast.config import Config, load_config
+from e2e_fast.data import token_array
 from e2e_fast.distributed import join
 from e2e_fast.formats import StoredSAE, e2e_sae
 from e2e_fast.lm import LM, load_lm
@@ -61,6 +62,7 @@ def finetune(
     FileNotFoundError and ConfigError for a folder that cannot be read.
     """
     place = {"position": position, "lm_processing": lm_processing}
+    tokens = None if tokens is None else token_array(tokens)
     if isinstance(sae, SAETransformer):
         _refuse(place, "an SAETransformer, which has them")
         source = _of_transformer(sae, lm, sparsity, tokens, settings)
@@ -68,11 +70,13 @@ def finetune(
         source = _of_stored(StoredSAE.of(sae), lm, place, sparsity, tokens, settings)
     elif isinstance(sae, StoredSAE):
         source = _of_stored(sae, lm, place, sparsity, tokens, settings)
-    elif _is_run(sae):
+    elif isinstance(sae, (str, Path)) and _is_run(sae):
         _refuse(place, "a run, whose configuration has them")
         source = _of_run(Path(sae), lm)
-    else:
+    elif isinstance(sae, (str, Path)):
         source = _of_stored(formats.read(sae), lm, place, sparsity, tokens, settings, path=formats.split_name(sae)[0])
+    else:
+        raise ValueError(f"sae must be a path, an SAETransformer, an SAE or a StoredSAE, got a {type(sae).__name__}")
     run = Trainer(_config(source, samples, lr, sparsity, downstream, settings), source.lm, tokens, source.state,
                   quiet=quiet).fit()  # fmt: skip
     if run.folder is not None and join().writes:
@@ -173,7 +177,7 @@ def _of_transformer(
             "tlens_model_name": model.lm.name,
             "lm_processing": model.lm.processing,
             "save_dir": None,
-            "n_samples": 1,
+            "n_samples": 8,
             "save_every_n_samples": None,
             "eval_n_samples": None,
             "batch_size": 8,

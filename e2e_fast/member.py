@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from e2e_fast import checkpoint
+from e2e_fast import checkpoint, losses
 from e2e_fast.config import EVAL_SEED_OFFSET, Config
 from e2e_fast.data import TokenBatches
 from e2e_fast.distributed import World
@@ -55,7 +55,7 @@ class Member:
         world: World | None = None,
     ) -> None:
         """``preset`` replaces the configuration's loss but for its sparsity; ``init`` is `train`'s."""
-        self.config, self.lm = config, lm
+        self.lm = lm
         self.world = world or World()
         self.accumulation = config.samples_per_step // (config.batch_size * self.world.size)
         """Micro-batches of this process in an optimizer step."""
@@ -64,7 +64,10 @@ class Member:
             lm, config.saes.sae_positions, config.saes.dict_size_to_input_ratio, **config.saes.options
         )
         self.saes = self.model.by_position
-        self.phases = phases(config, preset, list(self.saes), lm.positions())
+        if preset is not None:
+            config = _with_loss(config, preset, list(self.saes), lm)
+        self.config = config
+        self.phases = phases(config, list(self.saes), lm.positions())
         frozen = self._load_pretrained()
         if init is not None:
             load_e2e_sae(self.saes, init)
@@ -222,7 +225,7 @@ class Member:
         if console:
             self._logs.append(ConsoleLog(" → ".join(phase.loss.kind for phase in self.phases)))
         if self.folder is not None:
-            if not (self.folder / "final_config.yaml").exists():
+            if not (self.folder / checkpoint.CONFIG).exists():
                 checkpoint.write_config(self.folder, config.model_dump(mode="json"))
             self._logs.append(JsonlLog(self.folder))
         if config.wandb_project is not None:
@@ -298,7 +301,6 @@ class Member:
             self.folder, self.samples, self.optimizer, list(self.parameters), extra,
             {
                 "counters": counters,
-                "samples_per_step": self.config.samples_per_step,
                 "data": dict(data),
                 "density": {position: sae.density.sparse for position, sae in self.saes.items()},
                 "metrics_bytes": rows.stat().st_size if rows.exists() else 0,
@@ -325,11 +327,6 @@ class Member:
         extra, state = checkpoint.load_resume(
             folder / f"resume_{samples}.safetensors", self.optimizer, list(self.parameters)
         )
-        if state["samples_per_step"] != self.config.samples_per_step:
-            raise ValueError(
-                f"{folder} was trained with {state['samples_per_step']} sequences an optimizer step, this run takes "
-                f"{self.config.samples_per_step}: set effective_batch_size to {state['samples_per_step']}"
-            )
         counters = dict(state["counters"])
         if (tokens := counters.pop("frequency_tokens", None)) is not None:
             self.frequency = self._new_frequency()
@@ -371,11 +368,17 @@ class Member:
         return set() if self.config.saes.retrain_saes else covered
 
 
+def _with_loss(config: Config, kind: LossName, at: list[str], lm: LM) -> Config:
+    if config.schedule is not None:
+        raise ValueError(f"a trainer of one kind of loss ({kind}) needs schedule to be None, got one")
+    return config.replace(loss=losses.named(kind, config.loss, at, lm.positions()).model_dump())
+
+
 def open_batches(
     config: Config,
     lm: LM,
     split: Literal["train", "eval"],
-    tokens: "Tensor | np.ndarray | None" = None,
+    tokens: np.ndarray | None = None,
     world: World | None = None,
 ) -> TokenBatches:
     """The configuration's token batches of a split, or those of an array in their place: a process's part of them."""
@@ -384,7 +387,7 @@ def open_batches(
     if data is None:
         raise ValueError("evaluation needs eval_data, got None")
     seed = config.seed if split == "train" else config.seed + EVAL_SEED_OFFSET
-    n_ctx = tokens.shape[1] if tokens is not None and tokens.ndim == 2 else data.n_ctx
+    n_ctx = data.n_ctx if tokens is None else tokens.shape[1]
     if n_ctx > lm.n_ctx:
         raise ValueError(f"{split}_data.n_ctx must be at most the model's context length {lm.n_ctx}, got {n_ctx}")
     return TokenBatches(

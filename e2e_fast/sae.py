@@ -141,6 +141,9 @@ class SAE(nn.Module):
     ) -> None:
         super().__init__()
         self.activation = resolve_activation(activation, k)
+        for name, size in (("d_in", d_in), ("d_sae", d_sae)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
         if k is not None:
             kernels.reference.check_k(k, d_sae)
         if not threshold > 0:
@@ -168,6 +171,7 @@ class SAE(nn.Module):
 
     def forward(self, x: Tensor) -> SAEActs:
         """Encode and decode activations [..., d_in]."""
+        _check_width("x", x, "d_in", self.d_in)
         (flat,) = lowered(x.reshape(-1, self.d_in))
         W_enc, W_dec, shadow = self._cast("W_enc"), self._cast("W_dec"), self.shadows["W_dec"]
         norms = shadow.inverse_norms if shadow.holds(self.W_dec) else None
@@ -220,6 +224,7 @@ class SAE(nn.Module):
 
     def encode_sparse(self, x: Tensor) -> SparseCode | JumpCode:
         """Codes of the N flattened tokens, with room for the fullest of them (or for k)."""
+        _check_width("x", x, "d_in", self.d_in)
         flat = x.reshape(-1, self.d_in)
         if (thresholds := self.thresholds) is not None:
             bandwidth = self.bandwidth if self.activation == "jump_relu" else 0.0
@@ -230,6 +235,7 @@ class SAE(nn.Module):
 
     def decode(self, c: Tensor) -> Tensor:
         """Reconstruction [..., d_in] of dense codes [..., d_sae]."""
+        _check_width("c", c, "d_sae", self.d_sae)
         rows = nn.functional.normalize(self.W_dec, dim=-1) if self.normalize_decoder else self.W_dec
         return c @ rows + self.b_dec
 
@@ -260,6 +266,12 @@ class SAE(nn.Module):
         """What `SAE` and the configuration's ``saes`` take to make another one of this kind."""
         names = ("k", "activation", "normalize_decoder", "bandwidth")
         return {name: getattr(self, name) for name in names}
+
+
+def _check_width(name: str, tensor: Tensor, size: str, expected: int) -> None:
+    if not isinstance(tensor, Tensor) or tensor.shape[-1:] != (expected,):
+        came = list(tensor.shape) if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
+        raise ValueError(f"{name} must be a tensor [..., {size}] with {size} = {expected}, got {came}")
 
 
 class _Rounded(torch.autograd.Function):

@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple
 
 from e2e_fast import losses
 from e2e_fast.config import Config, PhaseConfig
-from e2e_fast.losses import LossConfig, LossName
+from e2e_fast.losses import LossConfig
 
 
 class Phase(NamedTuple):
@@ -39,15 +39,12 @@ class Phase(NamedTuple):
     """Optimizer steps up to ``lr``."""
 
 
-def phases(config: Config, preset: LossName | None, at: Sequence[str], available: Sequence[str]) -> list[Phase]:
+def phases(config: Config, at: Sequence[str], available: Sequence[str]) -> list[Phase]:
     """The phases of a run, their positions' names in full.
 
-    ``preset`` is a kind of loss that replaces the configuration's; ``at`` are the SAEs' positions, ``available`` the
-    model's. Raises ValueError for a preset together with a schedule, and for positions that are not there.
+    ``at`` are the SAEs' positions, ``available`` the model's. Raises ValueError for positions that are not there.
     """
-    if preset is not None and config.schedule is not None:
-        raise ValueError(f"a trainer of one kind of loss ({preset}) needs schedule to be None, got one")
-    rows = config.schedule or (PhaseConfig(loss=preset or config.loss),)
+    rows = config.schedule or (PhaseConfig(loss=config.loss),)
     starts = config.phase_starts
     return [
         Phase(

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from e2e_fast import checkpoint, step
-from e2e_fast.config import EVAL_SEED_OFFSET, Config, load_config
+from e2e_fast.config import EVAL_SEED_OFFSET, Config, load_config, require_same_run
 from e2e_fast.cuda_graphs import StepGraphs
-from e2e_fast.data import TokenBatches
+from e2e_fast.data import TokenBatches, token_array
 from e2e_fast.distributed import World, join
 from e2e_fast.evaluation import count_together, evaluate, evaluate_together
 from e2e_fast.lm import load_lm
@@ -67,8 +67,9 @@ def train(
 
     ``lm`` (anything `load_lm` takes), ``tokens`` [samples, T] (taken in order, no tokenizer needed) and ``init``
     (weights under e2e_sae's keys) replace what the configuration names. ``resume`` is a run folder to go on with: from
-    its last complete checkpoint, or from the start where the run ended before its first. Returns a Run; for a
-    configuration with a ``sweep`` a list of them, in the order of its combinations.
+    its last complete checkpoint, or from the start where the run ended before its first, and with the settings that it
+    began with (`config.RESUMABLE_WITH` may change). Returns a Run; for a configuration with a ``sweep`` a list of them,
+    in the order of its combinations.
 
     Raises ConfigError, ValueError and FileNotFoundError before anything is trained; TrainingStopped when the loss is
     not finite; CheckpointError when a checkpoint cannot be written; TrainingTerminated after SIGTERM.
@@ -95,9 +96,14 @@ class Trainer:
         self.world = join()
         self.config = config = _for_world(load_config(config), self.world)
         device = self.world.device(config.device)
+        tokens = None if tokens is None else token_array(tokens)
         self.precision: Precision = resolve(config.precision, device)
-        source = config.model if lm is None else lm
-        self.lm = load_lm(source, processing=config.lm_processing, device=device, compile=config.compile)
+        self.lm = load_lm(
+            _existing(config) if lm is None else lm,
+            processing=config.lm_processing,
+            device=device,
+            compile=config.compile,
+        )
         self._names = list(config.members)
         self.members = [Member(member, self.lm, self.preset, init, self.world) for member in config.members.values()]
         """The sets of SAEs in training: one, or those of a sweep."""
@@ -109,16 +115,23 @@ class Trainer:
         self.timings = Timings(device, enabled=torch.device(device).type == "cpu")
         """Seconds by phase of the training steps; on a GPU set ``timings.enabled`` (each phase then synchronises)."""
         self.batches = open_batches(config, self.lm, "train", tokens, self.world)
+        if tokens is not None and len(tokens) < (config.n_samples or 0):
+            raise ValueError(
+                f"n_samples must be at most the {len(tokens)} samples of tokens, got {config.n_samples}: tokens are "
+                "taken in order and once, so give more of them, or fewer n_samples"
+            )
         self.folder: Path | None = None
         """The run folder; a sweep's holds one for each member. None when nothing is saved."""
         self._tokens = tokens
         self._quiet = quiet
         self._terminate = False
         if resume is not None:
-            self._resume(Path(resume))
+            model = {"tlens_model_name", "tlens_model_path"} if lm is not None else set()
+            self._resume(Path(resume), model | ({"train_data"} if tokens is not None else set()))
         elif config.save_dir is not None:
             stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
-            self.folder = folder = self.world.share(_fresh_folder(config.save_dir / f"{config.run_name}_{stamp}"))
+            name = (self._member.config if sweep is None else config).run_name
+            self.folder = folder = self.world.share(_fresh_folder(config.save_dir / f"{name}_{stamp}"))
             for name, member in zip(self._names, self.members, strict=True):
                 member.folder = folder / name
 
@@ -219,8 +232,11 @@ class Trainer:
             yield tokens.to(self.lm.device, non_blocking=True)
             if total is not None and self.samples >= total:
                 return
-        if self.samples == 0:
-            raise ValueError("train_data gave no batch: fewer sequences than batch_size")
+        if self._member.grad_updates == 0:
+            raise ValueError(
+                f"the training data ended after {self.samples} sequences, before the first optimizer step "
+                f"({self.config.samples_per_step}): give more data, or a smaller effective_batch_size or batch_size"
+            )
 
     @contextlib.contextmanager
     def _listening_for_sigterm(self) -> Iterator[None]:
@@ -259,9 +275,16 @@ class Trainer:
         folders = [member.folder for member in self.members if member.folder is not None]
         return not folders or checkpoint.resumable(*folders) == self.samples
 
-    def _resume(self, folder: Path) -> None:
-        if not self.world.share((folder / "final_config.yaml").is_file()):
-            raise FileNotFoundError(f"{folder} is no run folder to resume: it holds no final_config.yaml")
+    def _resume(self, folder: Path, given: set[str]) -> None:
+        """Goes on with the run in ``folder``; ``given`` are keys in whose place something else was given."""
+        if not self.world.share((folder / checkpoint.CONFIG).is_file()):
+            raise FileNotFoundError(f"{folder} is no run folder to resume: it holds no {checkpoint.CONFIG}")
+        whole = [] if self.config.sweep is None else [("", self.config)]
+        members = [(name, member.config) for name, member in zip(self._names, self.members, strict=True)]
+        for name, config in [*whole, *members]:
+            began = folder / name / checkpoint.CONFIG
+            if began.is_file():  # a kill may have fallen before a member's first file
+                require_same_run(load_config(began), config, folder / name, given)
         self.folder = folder
         # A kill may have fallen between the checkpoints of two members: go back to the last that all have.
         samples = self.world.share(checkpoint.resumable(*(folder / name for name in self._names)))
@@ -348,6 +371,15 @@ def _for_world(config: Config, world: World) -> Config:
                 f"{key} must be a multiple of batch_size × processes ({config.batch_size} × {world.size}), got {value}"
             )
     return config
+
+
+def _existing(config: Config) -> str:
+    """The language model that the configuration names; raises FileNotFoundError for a path where nothing is."""
+    key = "tlens_model_path" if config.tlens_model_path else "tlens_model_name"
+    is_path = config.tlens_model_path or config.model.startswith(("/", "./", "../", "~"))
+    if is_path and not Path(config.model).expanduser().exists():
+        raise FileNotFoundError(f"{key}: there is no file or folder {config.model!r}")
+    return config.model
 
 
 def _fresh_folder(path: Path) -> Path:

@@ -182,10 +182,8 @@ def test_sigterm_to_one_process_ends_all_with_a_checkpoint(work: Path, tmp_path:
 def test_another_optimizer_step_is_not_resumed(work: Path, tmp_path: Path) -> None:
     run = e2e_fast.train(settings(work, tmp_path / "out", n_samples=16), quiet=True)
     assert run.folder is not None
-    other = settings(work, tmp_path / "other", effective_batch_size=16)
-    with pytest.raises(
-        ValueError, match="8 sequences an optimizer step, this run takes 16: set effective_batch_size to 8"
-    ):
+    other = settings(work, tmp_path / "other", effective_batch_size=16, n_samples=16)
+    with pytest.raises(e2e_fast.ConfigError, match="other settings .*: effective_batch_size was 8, is 16\\."):
         e2e_fast.train(other, resume=run.folder, quiet=True)
 
 

@@ -39,7 +39,7 @@ def settings(**changes: Any) -> dict[str, Any]:
     base: dict[str, Any] = {
         "tlens_model_name": "tiny",
         "save_dir": None,
-        "n_samples": 400,
+        "n_samples": 64,
         "save_every_n_samples": None,
         "eval_n_samples": None,
         "batch_size": 4,

@@ -30,7 +30,8 @@ def read_dictionary(source: Any, *, which: str = "decoder", encoder_share: float
     which: ``"decoder"``, ``"encoder"``, or ``"both"``: rows [√(1−w)·unit decoder, √w·unit encoder], w = encoder_share,
     of length 2d, whose products are (1−w)·cos_dec + w·cos_enc; a feature with either half zero becomes a zero row.
 
-    Raises ValueError when the source does not have what is asked for, or has it more than once.
+    Raises ValueError when the source does not have what is asked for, or has it more than once, and FileNotFoundError
+    for a path where nothing is.
     """
     if which not in ("decoder", "encoder", "both"):
         raise ValueError(f"which must be 'decoder', 'encoder' or 'both', got {which!r}")
@@ -80,7 +81,12 @@ def _norms(x: Tensor) -> np.ndarray:
 
 
 def _plain(x: Any) -> Tensor:
-    x = torch.as_tensor(x).detach()
+    try:
+        x = torch.as_tensor(x).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"a dictionary must be a tensor or array (n, d), an SAE, or the path of a file, got a {type(x).__name__}"
+        ) from error
     if not x.is_floating_point():
         raise ValueError(f"a dictionary must hold floating-point numbers, got {x.dtype}")
     return (x if x.dtype == torch.float64 else x.float()).cpu().contiguous()

@@ -42,9 +42,12 @@ def split_name(source: str | Path) -> tuple[Path, str | None]:
 
 
 def file_in(path: Path) -> Path:
-    """The weight file that a path means: itself, or the one of a folder. Raises ValueError where there is none."""
+    """The weight file that a path means: itself, or the one of a folder.
+
+    Raises FileNotFoundError where there is nothing, ValueError where there is no such file, or more than one.
+    """
     if not path.exists():
-        raise ValueError(f"no such file or folder: {path}")
+        raise FileNotFoundError(f"no such file or folder: {path}")
     if path.is_file():
         return path
     known = [path / name for name in _FOLDER_FILES if (path / name).is_file()]
@@ -62,8 +65,17 @@ def file_in(path: Path) -> Path:
 def load(path: Path) -> dict[str, Any]:
     """All tensors (or arrays) of a ``.npy``, ``.npz``, ``.pt``, ``.pth`` or ``.safetensors`` file by name, on the CPU.
 
-    A file that is one bare tensor gives it under "". Raises ValueError for another kind of file.
+    A file that is one bare tensor gives it under "". Raises ValueError for another kind of file, and for a damaged one.
     """
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path} must end in one of {', '.join(SUFFIXES)}")
+    try:
+        return _load(path)
+    except Exception as error:  # every reader has errors of its own: of safetensors, zip files, pickles and NumPy
+        raise ValueError(f"{path} is no readable file of tensors: {error}") from error
+
+
+def _load(path: Path) -> dict[str, Any]:
     if path.suffix == ".npy":
         import numpy as np
 
@@ -77,14 +89,10 @@ def load(path: Path) -> dict[str, Any]:
         from safetensors.torch import load_file
 
         return load_file(path)
-    if path.suffix in (".pt", ".pth"):
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        while isinstance(content, dict) and (
-            key := next((w for w in _WRAPPERS if isinstance(content.get(w), dict)), None)
-        ):
-            content = content[key]
-        return dict(content) if isinstance(content, dict) else {"": content}
-    raise ValueError(f"{path} must end in one of {', '.join(SUFFIXES)}")
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    while isinstance(content, dict) and (key := next((w for w in _WRAPPERS if isinstance(content.get(w), dict)), None)):
+        content = content[key]
+    return dict(content) if isinstance(content, dict) else {"": content}
 
 
 def names(path: Path) -> set[str]:
