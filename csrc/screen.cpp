@@ -31,12 +31,16 @@ struct ColumnSide {
   alignas(64) float scale[kTileCols], norm[kTileCols], error[kTileCols], bias[kTileCols], slack[kTileCols];
 };
 
-/// A candidate: row of a block, column of a panel.
-struct Hit {
-  int32_t row, column;
+/// What a tile's rows contribute to ReLU's test, in units of each row's scale and with the greatest of their factors for all:
+///   upper / scale <= product · column scale + by_norm ‖w‖ + by_error ‖w - wq‖ + (bias + slack) / scale
+/// Only the first and the last term differ from row to row.
+struct TileSide {
+  float by_norm = 0, by_error = 0, inverse[kTileRows];
 };
 
-constexpr int64_t kSpare = 4;  // hits written at once, whether they are there or not
+// A candidate of ReLU's is one number, kHitRow · row of a block + column of a panel.
+constexpr int32_t kHitRow = 64;
+constexpr int64_t kSpare = 4;  // candidates written at once, whether they are there or not
 
 /// What a row contributes: the radius of a score is by_norm ‖w‖ + by_error ‖w - wq‖ + slack.
 struct RowSide {
@@ -78,7 +82,8 @@ class Packed {
       : job_(job), precision_(precision), engine_(engine_for(precision)), depth_((job.depth + 3) / 4 * 4),
         words_(words_per_row(precision, engine_, depth_)), panels_((job.features + kTileCols - 1) / kTileCols),
         columns_(panels_ * words_ * kTileCols), rows_((rows + kTileRows - 1) / kTileRows * kTileRows * words_),
-        column_side_(panels_), row_side_(rows + kTileRows), offset_(rows + kTileRows) {
+        column_side_(panels_), row_side_(rows + kTileRows), tile_side_((rows + kTileRows - 1) / kTileRows),
+        offset_(rows + kTileRows) {
     prefer_huge_pages(columns_.data, panels_ * words_ * kTileCols * 4);
     parallel_jobs(panels_, threads, [&](int64_t p, int) { pack_columns(p); });
     parallel_jobs((rows + kTileRows - 1) / kTileRows, threads, [&](int64_t p, int) { pack_rows(p, rows); });
@@ -101,12 +106,13 @@ class Packed {
                  static_cast<int32_t>(p * kTileCols), hits, found);
   }
 
-  /// Of the same rows and columns those whose score may be positive: hits (row in the block that starts at `first`,
-  /// column in the panel). Returns how many; writes up to kSpare more.
-  int64_t screen_positive(int64_t first, int64_t r, int64_t height, int64_t p, Hit* hits) const {
+  /// Of the same rows and columns those whose score may be positive, rows counted from `first`. Returns how many;
+  /// writes up to kSpare more.
+  int64_t screen_positive(int64_t first, int64_t r, int64_t height, int64_t p, int32_t* hits) const {
     alignas(64) float tile[kTileRows * kTileCols];
     multiply_panels(r, p, tile);
-    return E2E_DISPATCH(positive_hits, tile, height, row_side_.data() + r, column_side_[p], static_cast<int32_t>(r - first), hits);
+    return E2E_DISPATCH(positive_hits, tile, height, tile_side_[r / kTileRows], column_side_[p],
+                        static_cast<int32_t>(r - first), hits);
   }
 
  private:
@@ -153,15 +159,21 @@ class Packed {
     // Two float32 sums of `depth` products, in any order, are each off by at most depth · 2^-24 ‖x‖ ‖w‖; scaling a
     // tile rounds a few times more.
     const float accumulation = static_cast<float>(job_.depth + 8) * 0x1p-22f;
+    TileSide& tile = tile_side_[p];
     for (int64_t i = 0; i < kTileRows; ++i) {
       const int64_t r = p * kTileRows + i;
       if (r >= rows) {
         pack(nullptr, words_, 0, kTileRows, i, panel);
+        tile.inverse[i] = 1;
         continue;
       }
       const RoundedRow row = pack_row(job_.x + r * job_.depth, stored, scratch, 0, kTileRows, i, panel);
       const float rounded_norm = row.norm + row.error;
       row_side_[r] = {row.scale, 1.0001f * (row.error + accumulation * rounded_norm), 1.0001f * rounded_norm};
+      // The products of a row that was too small to be stored are 0 in any unit.
+      tile.inverse[i] = row.scale > 0x1p-110f ? 1 / row.scale : 1;
+      tile.by_norm = std::max(tile.by_norm, row_side_[r].by_norm * tile.inverse[i]);
+      tile.by_error = std::max(tile.by_error, row_side_[r].by_error * tile.inverse[i]);
       if (precision_ == Precision::int8) offset_[r] = int8_offset(reinterpret_cast<const int8_t*>(stored.data()), depth_);
     }
   }
@@ -173,6 +185,7 @@ class Packed {
   Words columns_, rows_;
   std::vector<ColumnSide> column_side_;
   std::vector<RowSide> row_side_;
+  std::vector<TileSide> tile_side_;
   std::vector<int32_t> offset_;
   std::atomic<bool> finite_{true};
 };
@@ -275,7 +288,7 @@ bool Positives::screen(const Scoring& job, Precision precision, int64_t share, i
   const int64_t trial_blocks = static_cast<int64_t>(blocks_.size());
   std::atomic<int64_t> candidates{0};
   parallel_jobs(trial_blocks, threads, [&](int64_t b, int) {
-    std::vector<Hit> hits(kTileRows * kTileCols + kSpare);
+    std::vector<int32_t> hits(kTileRows * kTileCols + kSpare);
     for (int64_t p = 0; p < packed.panels(); ++p)
       candidates += packed.screen_positive(blocks_[b].first, blocks_[b].first, blocks_[b].rows, p, hits.data());
   });
@@ -290,7 +303,7 @@ bool Positives::screen(const Scoring& job, Precision precision, int64_t share, i
 
 /// Panel by panel, so that the candidates' rows of the weight are read from a cache.
 void Positives::screen_block(Block& block, const Packed& packed, const Scoring& job) {
-  std::vector<Hit> hits(block.rows * kTileCols + kSpare);
+  std::vector<int32_t> hits(block.rows * kTileCols + kSpare);
   std::vector<float> scores(block.rows * kTileCols);
   std::vector<Found> found(block.rows * kTileCols);
   const float* const x = job.x + block.first * job.depth;
@@ -304,10 +317,11 @@ void Positives::screen_block(Block& block, const Packed& packed, const Scoring& 
                  hits.data(), count, scores.data());
     int64_t kept = 0;
     for (int64_t i = 0; i < count; ++i) {
+      const int32_t row = hits[i] / kHitRow, column = hits[i] % kHitRow;
       const bool positive = !(scores[i] <= 0);
-      found[kept] = {hits[i].row, static_cast<int32_t>(first + hits[i].column), scores[i]};
-      kept += positive && active[hits[i].row] < limit_;
-      active[hits[i].row] += positive;
+      found[kept] = {row, static_cast<int32_t>(first) + column, scores[i]};
+      kept += positive && active[row] < limit_;
+      active[row] += positive;
     }
     block.found.insert(block.found.end(), found.begin(), found.begin() + kept);
   }

@@ -68,35 +68,36 @@ static void screen_tile(const float* tile, int64_t height, const RowSide* rows, 
 }
 
 /// The columns of a tile whose score may exceed 0, row after row; returns how many. Writes up to kSpare beyond them.
-static int64_t positive_hits(const float* tile, int64_t height, const RowSide* rows, const ColumnSide& columns,
-                             int32_t first, Hit* hits) {
-  uint64_t mask[kTileRows];
-  for (int64_t r = 0; r < height; ++r) {
-    mask[r] = 0;
-    for (int64_t c = 0; c < kTileCols; c += kLanes) {
-      const Lanes score = load(tile + r * kTileCols + c) * rows[r].scale * load(columns.scale + c) + load(columns.bias + c);
-      const Lanes radius = rows[r].by_norm * load(columns.norm + c) +
-                           (rows[r].by_error * load(columns.error + c) + load(columns.slack + c));
-      mask[r] |= static_cast<uint64_t>(not_below(score + radius, 0)) << c;
+static int64_t positive_hits(const float* tile, int64_t height, const TileSide& rows, const ColumnSide& columns,
+                             int32_t first, int32_t* hits) {
+  uint64_t mask[kTileRows] = {};
+  for (int64_t c = 0; c < kTileCols; c += kLanes) {
+    const Lanes scale = load(columns.scale + c), offset = load(columns.bias + c) + load(columns.slack + c);
+    const Lanes radius = rows.by_norm * load(columns.norm + c) + rows.by_error * load(columns.error + c);
+    for (int64_t r = 0; r < kTileRows; ++r) {
+      const Lanes upper = load(tile + r * kTileCols + c) * scale + radius + offset * rows.inverse[r];
+      mask[r] |= static_cast<uint64_t>(not_below(upper, 0)) << c;
     }
   }
-  int64_t count = 0;
+  constexpr uint64_t kNone = uint64_t{1} << 63;  // beyond all columns; without it the compiler would branch
+  int32_t* out = hits;
   for (int64_t r = 0; r < height; ++r) {
-    const int32_t row = first + static_cast<int32_t>(r);
+    const int32_t row = (first + static_cast<int32_t>(r)) * kHitRow;
     // So many at once without looking whether they are there: a loop's end that comes as a surprise costs more.
     uint64_t bits = mask[r];
-    Hit* out = hits + count;
-    do {
-      for (int64_t i = 0; i < kSpare; ++i, bits &= bits - 1) *out++ = {row, bits ? __builtin_ctzll(bits) : 0};
-    } while (bits);
-    count += __builtin_popcountll(mask[r]);
+    const int64_t count = __builtin_popcountll(bits);
+    for (int64_t i = 0; i < count || i == 0; i += kSpare)
+      for (int64_t k = 0; k < kSpare; ++k, bits &= bits - 1) out[i + k] = row + __builtin_ctzll(bits | kNone);
+    out += count;
   }
-  return count;
+  return out - hits;
 }
 
 /// scores[i] = x[row] · w[column] + bias[column] of each hit.
-static void score_hits(const float* x, const float* w, const float* bias, int64_t depth, const Hit* hits, int64_t count,
+static void score_hits(const float* x, const float* w, const float* bias, int64_t depth, const int32_t* hits, int64_t count,
                        float* scores) {
-  for (int64_t i = 0; i < count; ++i)
-    scores[i] = dot(x + hits[i].row * depth, w + hits[i].column * depth, depth) + (bias ? bias[hits[i].column] : 0);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t row = hits[i] / kHitRow, column = hits[i] % kHitRow;
+    scores[i] = dot(x + row * depth, w + column * depth, depth) + (bias ? bias[column] : 0);
+  }
 }

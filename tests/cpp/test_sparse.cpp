@@ -121,6 +121,8 @@ static void screening_selects_what_exact_scores_select() {
       std::fill_n(&w[5 * depth], depth, 0.f);
       for (int64_t i = 0; i < depth; ++i) w[6 * depth + i] = w[7 * depth + i] = 1e-39f;  // subnormal
       std::copy_n(&w[10 * depth], depth, &w[11 * depth]);                                // a tie
+      for (int64_t r = 0; r < rows; ++r)  // tiles of rows of very different norms, zeros among them
+        for (int64_t i = 0; i < depth; ++i) x[r * depth + i] *= r % 5 == 3 ? 0.f : std::ldexp(1.f, static_cast<int>(r * 7 % 23) - 20);
       std::vector<float> exact(rows * columns);
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t j = 0; j < columns; ++j)
