@@ -318,10 +318,10 @@ def _feature_blocks(values: Tensor):
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """``total += a @ b`` where total may be wider than a and b."""
-    if total.dtype == a.dtype:
+    if total.is_cuda and total.dtype == a.dtype:
         total.addmm_(a, b)
     else:
-        total += a @ b
+        total += a @ b if a.is_cuda else linear(a, b.t())
 
 
 def _unit(W_dec: Tensor, block: slice, normalize: bool, inverse_norms: Tensor | None) -> Tensor:

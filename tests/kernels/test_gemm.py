@@ -1,0 +1,29 @@
+"""Matrix products on a CPU: every layout gives F.linear's result, and none meets oneDNN's slow path."""
+
+import pytest
+import torch
+import torch.nn.functional as nnf
+
+from e2e_fast.kernels import _gemm
+
+DENSE = {"rows": lambda r, c: torch.randn(r, c), "columns": lambda r, c: torch.randn(c, r).t()}
+SLICED = {
+    "column slice": lambda r, c: torch.randn(r, 2 * c)[:, :c],
+    "row slice": lambda r, c: torch.randn(c, 2 * r)[:, :r].t(),
+}
+LAYOUTS = DENSE | SLICED
+
+
+@pytest.mark.parametrize("weight_layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_linear_takes_any_layout(layout, weight_layout):
+    x, w, bias = LAYOUTS[layout](33, 20), LAYOUTS[weight_layout](50, 20), torch.randn(50)
+    torch.testing.assert_close(_gemm.linear(x, w, bias), nnf.linear(x, w, bias))
+
+
+@pytest.mark.parametrize("layout", SLICED)
+def test_a_sliced_weight_goes_to_torch(layout, monkeypatch):
+    calls, plain = [], nnf.linear
+    monkeypatch.setattr(_gemm.nnf, "linear", lambda *a: calls.append(a) or plain(*a))
+    _gemm.linear(torch.randn(3, 20), SLICED[layout](50, 20))
+    assert len(calls) == 1
