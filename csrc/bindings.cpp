@@ -9,6 +9,7 @@
 #include "assignment.hpp"
 #include "attention.hpp"
 #include "filter.hpp"
+#include "gelu.hpp"
 #include "linear_kl.hpp"
 #include "simd.hpp"
 #include "sparse.hpp"
@@ -174,6 +175,33 @@ static void bind_attention(py::module_& m) {
       py::arg("q").noconvert(), py::arg("k").noconvert(), py::arg("v").noconvert(), py::arg("scale"),
       py::arg("out").noconvert(), py::arg("lse").noconvert(), py::arg("dout").noconvert(), py::arg("dq").noconvert(),
       py::arg("dk").noconvert(), py::arg("dv").noconvert(), py::arg("scratch").noconvert(), py::arg("threads"));
+}
+
+static void bind_gelu(py::module_& m) {
+  const auto kind = [](bool tanh) { return tanh ? Gelu::tanh : Gelu::erf; };
+  m.def(
+      "gelu",
+      [kind](Array<float> x, bool tanh, Array<float> y, int threads) {
+        expect(x.size() == y.size(), "x and y must have one size");
+        const float* const from = x.data();
+        float* const to = out(y);
+        const int64_t n = x.size();
+        const py::gil_scoped_release release;
+        gelu(from, n, kind(tanh), to, threads);
+      },
+      py::arg("x").noconvert(), py::arg("tanh"), py::arg("y").noconvert(), py::arg("threads"));
+  m.def(
+      "gelu_gradient",
+      [kind](Array<float> x, Array<float> dy, bool tanh, Array<float> dx, int threads) {
+        expect(x.size() == dy.size() && x.size() == dx.size(), "x, dy and dx must have one size");
+        const float *const from = x.data(), *const g = dy.data();
+        float* const to = out(dx);
+        const int64_t n = x.size();
+        const py::gil_scoped_release release;
+        gelu_gradient(from, g, n, kind(tanh), to, threads);
+      },
+      py::arg("x").noconvert(), py::arg("dy").noconvert(), py::arg("tanh"), py::arg("dx").noconvert(),
+      py::arg("threads"));
 }
 
 static Precision precision_from_name(const std::string& name) {
@@ -598,6 +626,7 @@ PYBIND11_MODULE(_C, m) {
   bind_threads(m);
   bind_linear_kl(m);
   bind_attention(m);
+  bind_gelu(m);
   bind_sparse(m);
   bind_assignment(m);
 }

@@ -50,6 +50,7 @@ from torch.utils._pytree import tree_leaves
 
 from e2e_fast import embedded, kernels
 from e2e_fast.compiled import CompiledBlocks
+from e2e_fast.cpu_blocks import speed_up
 from e2e_fast.lm_architectures import Tap, centre_unembedding, centre_writers, take_apart
 from e2e_fast.measure import Timings
 from e2e_fast.precision import as_given, lowered, reduced_dtype
@@ -170,6 +171,7 @@ class LM:
             if parts.softcap is None:
                 weight, bias = centre_unembedding(weight, bias)
         self.unembed = Unembedding(weight, bias, parts.softcap)
+        speed_up(blocks)
 
         # The front keeps the embedding and all that the model computes before its blocks; there, blocks take notes.
         self._notes = _Notes()

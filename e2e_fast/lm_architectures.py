@@ -180,7 +180,6 @@ def take_apart(model: Any) -> Parts:
             "model must be a name, a folder, a Hugging Face causal LM, a TransformerBridge or a HookedTransformer, "
             f"got a {type(model).__name__}"
         )
-    _fuse_gelu(twin)
     head, config = twin.get_output_embeddings(), twin.config.get_text_config()
     if head is None:
         raise ValueError(f"model must be a causal LM (with an unembedding), got a {type(model).__name__}")
@@ -292,14 +291,6 @@ def _frozen(parameter: nn.Parameter | None, weights: dict[int, nn.Parameter]) ->
     if id(parameter) not in weights:  # tied weights stay tied
         weights[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
     return weights[id(parameter)]
-
-
-def _fuse_gelu(twin: nn.Module) -> None:
-    """GPT-2's GELU as one operation of torch: transformers composes it of seven, each a pass over the MLP's width."""
-    for module in twin.modules():
-        for name, child in module.named_children():
-            if type(child).__name__ == "NewGELUActivation":
-                setattr(module, name, nn.GELU(approximate="tanh"))
 
 
 def _use_sdpa(twin: Any) -> None:

@@ -23,6 +23,7 @@ from e2e_fast.kernels.autoencode import autoencode
 from e2e_fast.kernels.decode import decode
 from e2e_fast.kernels.density import DensityController
 from e2e_fast.kernels.encode import encode_batch_topk, encode_jump_relu, encode_relu, encode_topk
+from e2e_fast.kernels.gelu import gelu
 from e2e_fast.kernels.linear_kl import linear_kl, linear_kl_shared
 from e2e_fast.kernels.sparse_code import JumpCode, SparseCode
 
@@ -39,6 +40,7 @@ __all__ = [
     "encode_jump_relu",
     "encode_relu",
     "encode_topk",
+    "gelu",
     "linear_kl",
     "linear_kl_shared",
     "reference",

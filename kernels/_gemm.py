@@ -7,6 +7,7 @@ it exists and agrees.
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as nnf
@@ -29,6 +30,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     ):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return nnf.linear(x, weight, bias)
+
+
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear` of x (…, D) with a gradient for x alone: weight and bias are constants."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return _FrozenLinear.apply(x, weight, bias)
+    return linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return frozen_linear(dy, ctx.saved_tensors[0].t()), None, None
 
 
 def row_chunks(rows: int, row_bytes: int, budget: int = CHUNK_BYTES, multiple: int = 16) -> Iterator[slice]:

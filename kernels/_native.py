@@ -33,6 +33,14 @@ def native() -> ModuleType | None:
         return None
 
 
+def has_native() -> bool:
+    """Whether there is a compiled core; torch.compile may ask too, while it traces."""
+    return native() is not None
+
+
+has_native._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result does, which imports triton
+
+
 def native_missing() -> str | None:
     """Why the compiled core cannot be loaded, or None when it can; warns of nothing."""
     try:

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from e2e_fast.kernels._buffers import empty
-from e2e_fast.kernels._native import array, native
+from e2e_fast.kernels._native import array, has_native, native
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
@@ -41,7 +41,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
     expected = (q.shape[0], k.shape[1], *q.shape[2:])
     if k.shape != expected or v.shape != expected:
         raise ValueError(f"k and v must have shape {expected}, got {tuple(k.shape)} and {tuple(v.shape)}")
-    if q.device.type == "cpu" and q.dtype == k.dtype == v.dtype == torch.float32 and native() is not None:
+    if q.device.type == "cpu" and q.dtype == k.dtype == v.dtype == torch.float32 and has_native():
         return _attention(q, k, v, scale)[0]
     out = nnf.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2)

@@ -176,6 +176,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
     return (torch.softmax(scores, -1) @ v).transpose(1, 2)
 
 
+def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """``x · Φ(x)``, Φ the normal distribution; with "tanh" ``x · ½ (1 + tanh(√(2/π) (x + 0.044715 x³)))``."""
+    if approximate == "tanh":
+        return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+    return 0.5 * x * torch.erfc(-x / 2**0.5)
+
+
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
     z = nnf.linear(hidden, weight, bias)
     return z if softcap is None else softcap * torch.tanh(z / softcap)

@@ -91,6 +91,8 @@ def operator_calls() -> dict[str, tuple]:
         ),
         "attention": (op.attention, (*queries_keys_values(), 0.5)),
         "attention_backward": (op.attention_backward, (*attended, torch.randn_like(attended[4]))),
+        "gelu": (op.gelu, (queries_keys_values()[0], "tanh")),
+        "gelu_backward": (op.gelu_backward, (attended[0], attended[0], "none")),
         "linear_kl": (op.linear_kl, (x, teacher, unembed, bias, 2.0, True)),
         "linear_kl_shared": (op.linear_kl_shared, (leaf(3, N, D), teacher, unembed, bias, 2.0, True)),
         "linear_kl_shared[no gradient]": (
@@ -139,6 +141,7 @@ MODULES = [
     "decode",
     "density",
     "encode",
+    "gelu",
     "linear_kl",
     "reference",
     "sparse_code",

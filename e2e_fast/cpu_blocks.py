@@ -1,0 +1,148 @@
+"""A frozen model's blocks on a CPU in float32, with this library's operators in torch's place.
+
+    attention      kernels.attention, where Hugging Face's model would call SDPA without a mask
+    GELU           kernels.gelu: transformers composes GPT-2's of seven operations, and torch is slow at it
+    linear layers  oneDNN's product, which on AMD processors is faster than MKL's; no gradient of a weight is prepared
+
+The numbers are the model's to float32 rounding. On a GPU, in other dtypes and under autocast each part does what the
+model's own did; inside torch.compile products and GELU are left to the compiler. `speed_up` changes modules in place:
+it is for the tree of modules that an LM has for itself, never for a user's model.
+
+>>> import torch
+>>> block = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 4)).requires_grad_(False)
+>>> x, y = torch.ones(4), block(torch.ones(4))
+>>> speed_up([block])
+>>> torch.allclose(block(x), y)
+True
+"""
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from e2e_fast import kernels
+from e2e_fast.kernels._gemm import frozen_linear
+
+ATTENTION = "e2e_fast"
+"""Our entry in transformers' table of attention functions."""
+
+GELUS = {
+    "NewGELUActivation": "tanh",
+    "FastGELUActivation": "tanh",
+    "GELUTanh": "tanh",
+    "PytorchGELUTanh": "tanh",
+    "GELUActivation": "none",
+}
+"""transformers' modules → the form of GELU that each computes."""
+
+CHANGES = ("position_bias", "cache", "softcap", "head_mask", "s_aux")
+"""Arguments of attention functions that change what is computed."""
+
+
+def speed_up(blocks: Iterable[nn.Module]) -> None:
+    """Puts fast parts in the place of a frozen model's own, in place; unknown ones stay as they are."""
+    configs: dict[int, Any] = {}
+    for block in blocks:
+        for module in list(block.modules()):
+            for name, child in module.named_children():
+                if (part := _part(child)) is not None:
+                    setattr(module, name, part)
+            config = vars(module).get("config")
+            if config is not None and getattr(config, "_attn_implementation", None) == "sdpa":
+                if id(config) not in configs:
+                    configs[id(config)] = _with_our_attention(config)
+                module.config = configs[id(config)]
+
+
+def _part(module: Any) -> nn.Module | None:
+    """What stands for a module, if anything does."""
+    kind = type(module)
+    if kind is nn.Linear:
+        return Linear(module.weight, module.bias, transposed=False)
+    if kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."):
+        return Linear(module.weight, module.bias, transposed=True)
+    if kind is nn.GELU:
+        return GELU(module.approximate)
+    if kind.__name__ in GELUS and kind.__module__.startswith("transformers."):
+        return GELU(GELUS[kind.__name__])
+    return None
+
+
+def _is_float32_on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+
+
+def _applies(x: Tensor) -> bool:
+    """Where products and activations are ours: torch.compile fuses them with what is around them."""
+    return _is_float32_on_cpu(x) and not torch.compiler.is_compiling()
+
+
+class Linear(nn.Module):
+    """``x @ weight.T + bias``; weight (F, D), or (D, F) where it is stored ``transposed`` (GPT-2's Conv1D)."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, transposed: bool) -> None:
+        super().__init__()
+        self.weight, self.bias, self.transposed = weight, bias, transposed
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, D) → (…, F)."""
+        if _applies(x) and not self.weight.requires_grad:
+            return frozen_linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
+        if self.transposed and self.bias is not None:  # as Conv1D does
+            return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
+        return nnf.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
+
+
+class GELU(nn.GELU):
+    """torch's module, computed by `kernels.gelu` where that is faster."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if _applies(input):
+            return kernels.gelu(input, self.approximate)
+        return super().forward(input)
+
+
+# --- Attention ------------------------------------------------------------------------------------------------------
+
+
+def _with_our_attention(config: Any) -> Any:
+    """A copy that names our attention function; registers it with transformers on the way."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if ATTENTION not in ALL_ATTENTION_FUNCTIONS:
+        ALL_ATTENTION_FUNCTIONS[ATTENTION] = _attend
+    ours = copy.copy(config)
+    ours._attn_implementation = ATTENTION
+    return ours
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """An attention function of transformers: ours where it computes what SDPA would, else SDPA's."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    plain = attention_mask is None and dropout == 0 and causal and all(options.get(name) is None for name in CHANGES)
+    fits = query.shape[2:] == key.shape[2:] and key.shape == value.shape and _is_float32_on_cpu(query)
+    if plain and fits:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return kernels.attention(query, key, value, scale=scale), None
+    sdpa: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    options |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
+    return sdpa(module, query, key, value, attention_mask, **options)

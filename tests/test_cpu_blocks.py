@@ -1,0 +1,155 @@
+"""The fast parts of a CPU's blocks: the model's numbers, on the LM's own modules alone."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as nnf
+from lm_models import FAMILIES, random_model, random_tokens
+from torch import Tensor, nn
+
+from e2e_fast import cpu_blocks, kernels, load_lm
+
+REAL = ["babyllama-char", "stories260K", "tiny-gpt2"]
+POSITION = "blocks.1.hook_resid_pre"
+
+
+def log_probabilities_and_gradient(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the spliced run on the stream at block 1, by the LM's parts."""
+    lm = load_lm(model, processing="none")
+    original = lm.original(tokens, at=POSITION)
+    x = original[POSITION].clone().requires_grad_()
+    logits = original.splice(x).logits()
+    return nnf.log_softmax(original.logits(), -1), torch.autograd.grad(logits.tanh().sum(), x)[0]
+
+
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves all modules as they are."""
+    monkeypatch.setattr("e2e_fast.lm.speed_up", lambda blocks: None)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probabilities_and_gradients_are_the_models(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = random_model(family), random_tokens(3, 23)
+    ours = log_probabilities_and_gradient(model, tokens)
+    whole = nnf.log_softmax(model(tokens).logits.detach(), -1)
+    plain(monkeypatch)
+    _, gradient = log_probabilities_and_gradient(model, tokens)
+    torch.testing.assert_close(ours[0], whole, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours[1], gradient, rtol=0, atol=1e-5 * float(gradient.abs().max()))
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", REAL)
+def test_trained_models_keep_their_log_probabilities(name: str, shared: Path) -> None:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(shared / "models" / name).float().eval()
+    tokens = torch.randint(model.config.vocab_size, (2, 77), generator=torch.Generator().manual_seed(0))
+    ours = nnf.log_softmax(load_lm(model, processing="none").original(tokens).logits(), -1)
+    theirs = nnf.log_softmax(model(tokens).logits.detach(), -1)
+    exact = nnf.log_softmax(model.double()(tokens).logits.detach(), -1)
+    assert (ours - exact).abs().max() <= 1.5 * (theirs - exact).abs().max() + 1e-6
+    assert (ours - exact).norm() <= 1.2 * (theirs - exact).norm()
+
+
+def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Counts calls of our parts."""
+    counts = {"attention": 0, "gelu": 0, "frozen_linear": 0}
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for name, owner in (("attention", kernels), ("gelu", kernels), ("frozen_linear", cpu_blocks)):
+        monkeypatch.setattr(owner, name, counted(name, getattr(owner, name)))
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("family", "a_block"),
+    [
+        ("gpt2", (1, 1, 4)), ("gpt_neox", (1, 1, 4)), ("llama", (1, 0, 7)), ("gemma", (1, 1, 7)),
+        ("gpt_neo", (0, 1, 6)), ("gemma2", (0, 1, 7)),
+    ],
+)  # fmt: skip
+def test_these_parts_of_a_block_are_ours(
+    family: str, a_block: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = load_lm(random_model(family))
+    counts = calls(monkeypatch)
+    lm.original(random_tokens())
+    assert tuple(counts.values()) == tuple(lm.n_layers * n for n in a_block)
+
+
+def test_a_sliding_window_that_the_batch_exceeds_keeps_the_models_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = load_lm(random_model("mistral"))  # a window of 8
+    counts = calls(monkeypatch)
+    lm.original(random_tokens(2, 7))
+    assert counts["attention"] == lm.n_layers
+    lm.original(random_tokens(2, 13))
+    assert counts["attention"] == lm.n_layers
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_types_run_as_the_model_does(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = random_model("llama").to(dtype), random_tokens()
+    lm = load_lm(model, processing="none")
+    counts = calls(monkeypatch)
+    ours = lm.original(tokens).final
+    assert not any(counts.values())
+    assert torch.equal(ours, model.model(tokens).last_hidden_state)
+
+
+def test_autocast_runs_as_the_model_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = load_lm(random_model("llama"))
+    counts = calls(monkeypatch)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (
+            lm.original(random_tokens(), at="blocks.0.hook_attn_out")["blocks.0.hook_attn_out"].dtype == torch.bfloat16
+        )
+    assert not any(counts.values())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_users_model_is_not_changed(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = random_model(family), random_tokens()
+    kinds = [(name, type(module)) for name, module in model.named_modules()]
+    implementation, before = model.config._attn_implementation, model(tokens).logits
+    lm = load_lm(model, processing="none")
+    lm.original(tokens)
+    assert [(name, type(module)) for name, module in model.named_modules()] == kinds
+    assert {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")} == {implementation}
+    counts = calls(monkeypatch)
+    assert torch.equal(model(tokens).logits, before)
+    assert not any(counts.values())
+
+
+def test_weights_stay_shared_with_the_users_model() -> None:
+    model, tokens = random_model("gpt2"), random_tokens()
+    lm = load_lm(model, processing="none")
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight.mul_(2)
+    torch.testing.assert_close(lm.original(tokens).final, model.transformer(tokens).last_hidden_state.detach())
+
+
+def test_attention_with_a_mask_or_dropout_is_sdpas() -> None:
+    q, k, v = (torch.randn(2, 4, 9, 8) for _ in range(3))
+    module, seen = nn.Module(), torch.rand(2, 1, 9, 9) < 0.7
+    seen |= torch.eye(9, dtype=torch.bool)
+    out, _ = cpu_blocks._attend(module, q, k, v, seen, scaling=0.5)
+    expected = nnf.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=0.5)
+    torch.testing.assert_close(out, expected.transpose(1, 2))
+    out, _ = cpu_blocks._attend(module, q, k, v, None, is_causal=False)
+    torch.testing.assert_close(out, nnf.scaled_dot_product_attention(q, k, v).transpose(1, 2))
+
+
+def test_documented_example_runs() -> None:
+    import doctest
+
+    assert doctest.testmod(cpu_blocks).failed == 0
