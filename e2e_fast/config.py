@@ -366,8 +366,8 @@ def require_same_run(began: Config, now: Config, folder: Path, given: Collection
     ]
     if changed:
         raise ConfigError(
-            f"{folder} cannot go on with other settings than it began with: {'; '.join(changed)}. Resume it with "
-            "its own final_config.yaml, or start a new run from its weights (saes.pretrained_sae_paths, saes.retrain_saes)"
+            f"{folder} cannot go on with other settings than it began with: {'; '.join(changed)}. Resume it "
+            "with its own final_config.yaml, or start another run from its weights (saes.pretrained_sae_paths)"
         )
 
 

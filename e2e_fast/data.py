@@ -35,6 +35,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 from torch import Tensor
 
+from e2e_fast.optional import require
+
 EMBEDDED = "embedded"
 SEPARATOR = "<|endoftext|>"
 
@@ -469,10 +471,7 @@ _DATASET_FILES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".cs
 
 
 def _load_dataset(name: str, path: Path, config: DatasetConfig) -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(f"dataset_name: {name!r} needs the package datasets: install e2e-fast[data]") from error
+    datasets = require("datasets", f"dataset_name {name!r}", extra="data")
     try:
         if path.is_file():
             kind = _DATASET_FILES[path.suffix]

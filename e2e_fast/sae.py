@@ -508,16 +508,16 @@ class SAETransformer(nn.Module):
     @classmethod
     def from_wandb(cls, run: str, *, lm: Any = None, cache_dir: str | Path | None = None) -> "SAETransformer":
         """A run ``entity/project/run_id``: downloads its configuration and newest weights (needs wandb)."""
-        from e2e_fast.checkpoint import download_wandb
+        from e2e_fast.download import wandb_run
 
-        return cls.from_local_path(download_wandb(run, cache_dir), lm=lm)
+        return cls.from_local_path(wandb_run(run, cache_dir), lm=lm)
 
     @classmethod
     def from_hub(cls, repo: str, *, lm: Any = None, subfolder: str | None = None) -> "SAETransformer":
         """A run folder stored on the Hugging Face hub."""
-        from e2e_fast.checkpoint import download_hub
+        from e2e_fast.download import hub_run
 
-        return cls.from_local_path(download_hub(repo, subfolder), lm=lm)
+        return cls.from_local_path(hub_run(repo, subfolder), lm=lm)
 
     @classmethod
     def from_stored(
