@@ -165,6 +165,11 @@ class Trainer:
                 counts = self._final_counts()
                 for member, frequency in zip(self.members, counts, strict=True):
                     member.finish(frequency)
+        except TrainingTerminated:  # by all processes together
+            raise
+        except BaseException:
+            self.world.abandon()
+            raise
         finally:
             self.batches.close()
             for member in self.members:
