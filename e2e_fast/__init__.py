@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "SAE": "sae",
-    "SAETransformer": "sae",
+    "SAETransformer": "sae_transformer",
     "Config": "config",
     "ConfigError": "config",
     "load_config": "config",
@@ -83,7 +83,8 @@ if TYPE_CHECKING:
     from e2e_fast.lm import load_lm
     from e2e_fast.losses import LossConfig
     from e2e_fast.optional import MissingPackage
-    from e2e_fast.sae import SAE, SAETransformer
+    from e2e_fast.sae import SAE
+    from e2e_fast.sae_transformer import SAETransformer
     from e2e_fast.trainer import (
         E2EDownstreamTrainer,
         E2ETrainer,

@@ -24,7 +24,8 @@ from e2e_fast.step import forward_step, original_pass
 
 if TYPE_CHECKING:
     from e2e_fast.lm import LM
-    from e2e_fast.sae import SAE, SAETransformer
+    from e2e_fast.sae import SAE
+    from e2e_fast.sae_transformer import SAETransformer
 
 
 def evaluate(

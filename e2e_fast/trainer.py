@@ -35,7 +35,8 @@ from e2e_fast.measure import Timings
 from e2e_fast.member import Member, TrainingStopped, crossed, first_samples, frequency_tokens, open_batches
 from e2e_fast.metrics import ActFrequency
 from e2e_fast.precision import Precision, arithmetic, resolve
-from e2e_fast.sae import SAE, SAETransformer
+from e2e_fast.sae import SAE
+from e2e_fast.sae_transformer import SAETransformer
 from e2e_fast.step import SharedLogits
 
 
