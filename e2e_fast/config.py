@@ -37,11 +37,11 @@ from pydantic import (
     model_validator,
 )
 
-from e2e_fast.data import DatasetConfig
 from e2e_fast.kernels.reference import BANDWIDTH
 from e2e_fast.losses import LossConfig, LossName, Positions
 from e2e_fast.precision import Precision
 from e2e_fast.sae import SAE_OPTIONS, THRESHOLD, Activation, resolve_activation
+from e2e_fast.sources import DatasetConfig
 
 Paths = Annotated[tuple[Path, ...] | None, BeforeValidator(lambda v: (v,) if isinstance(v, (str, Path)) else v)]
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from e2e_fast import losses
-from e2e_fast.data import token_array
 from e2e_fast.losses import InToOrigLoss, LossConfig, WeightedLoss
 from e2e_fast.metrics import ActFrequency, step_metrics
+from e2e_fast.sources import token_array
 from e2e_fast.step import forward_step, original_pass
 
 if TYPE_CHECKING:

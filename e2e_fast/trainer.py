@@ -26,7 +26,7 @@ from torch import Tensor
 from e2e_fast import checkpoint, step
 from e2e_fast.config import EVAL_SEED_OFFSET, Config, load_config, require_same_run
 from e2e_fast.cuda_graphs import StepGraphs
-from e2e_fast.data import TokenBatches, token_array
+from e2e_fast.data import TokenBatches
 from e2e_fast.distributed import World, join
 from e2e_fast.evaluation import count_together, evaluate, evaluate_together
 from e2e_fast.lm import load_lm
@@ -37,6 +37,7 @@ from e2e_fast.metrics import ActFrequency
 from e2e_fast.precision import Precision, arithmetic, resolve
 from e2e_fast.sae import SAE
 from e2e_fast.sae_transformer import SAETransformer
+from e2e_fast.sources import token_array
 from e2e_fast.step import SharedLogits
 
 
