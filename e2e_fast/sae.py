@@ -156,8 +156,11 @@ class SAE(nn.Module):
             self.threshold_batches: Tensor
             self.register_buffer("threshold_batches", torch.zeros(()))
 
-    def forward(self, x: Tensor) -> SAEActs:
-        """Encode and decode activations [..., d_in]."""
+    def forward(self, x: Tensor, capacity: int | None = None) -> SAEActs:
+        """Encode and decode activations [..., d_in].
+
+        ReLU and JumpReLU find out how many features fire; with ``capacity`` they do not, and keep as many of a token.
+        """
         _check_width("x", x, "d_in", self.d_in)
         (flat,) = lowered(x.reshape(-1, self.d_in))
         W_enc, W_dec, shadow = self._cast("W_enc"), self._cast("W_dec"), self.shadows["W_dec"]
@@ -169,7 +172,8 @@ class SAE(nn.Module):
         with as_given(x.device):
             output, code = kernels.autoencode(
                 flat, W_enc, self.b_enc, W_dec, self.b_dec,
-                normalize=self.normalize_decoder, density=self.density, inverse_norms=norms, **chosen,
+                normalize=self.normalize_decoder, density=self.density, capacity=capacity, inverse_norms=norms,
+                **chosen,
             )  # fmt: skip
         if by_batch:
             self._observe_threshold(code.values.detach())

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from e2e_fast import checkpoint, step
+from e2e_fast import checkpoint
 from e2e_fast.config import EVAL_SEED_OFFSET, Config, load_config, require_same_run
 from e2e_fast.cuda_graphs import StepGraphs
 from e2e_fast.data import TokenBatches
@@ -38,7 +38,7 @@ from e2e_fast.precision import Precision, arithmetic, resolve
 from e2e_fast.sae import SAE
 from e2e_fast.sae_transformer import SAETransformer
 from e2e_fast.sources import token_array
-from e2e_fast.step import SharedLogits
+from e2e_fast.step import SharedLogits, Steps
 
 
 class TrainingTerminated(TrainingStopped):
@@ -113,7 +113,7 @@ class Trainer:
         """With ``cuda_graphs``, what runs the micro-steps, with counts of its recordings and replays."""
         sweep = config.sweep
         shares = sweep is not None and sweep.share_logits and len(self.members) > 1 and config.kl_positions == 1
-        self._shared = SharedLogits() if shares else None
+        self._shared = SharedLogits() if shares else Steps()
         self.timings = Timings(device, enabled=torch.device(device).type == "cpu")
         """Seconds by phase of the training steps; on a GPU set ``timings.enabled`` (each phase then synchronises)."""
         self.batches = open_batches(config, self.lm, "train", tokens, self.world)
@@ -145,9 +145,8 @@ class Trainer:
         return StepGraphs(member.saes for member in self.members)
 
     @property
-    def _steps(self) -> Any:
-        """What has `step.original_pass` and `step.training_step`."""
-        return self.graphs or self._shared or step
+    def _steps(self) -> Steps:
+        return self.graphs or self._shared
 
     # ------------------------------------------------------------------ the loop
 
