@@ -45,7 +45,8 @@ from e2e_fast import embedded, losses
 from e2e_fast.data import DatasetConfig, TokenBatches
 from e2e_fast.lm import LM
 from e2e_fast.metrics import ActFrequency
-from e2e_fast.sae import SAETransformer, to_e2e_sae
+from e2e_fast.sae import to_e2e_sae
+from e2e_fast.sae_transformer import SAETransformer
 from e2e_fast.step import forward_step
 from e2e_fast.trainer import Trainer
 

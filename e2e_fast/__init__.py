@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "SAE": "sae",
-    "SAETransformer": "sae",
+    "SAETransformer": "sae_transformer",
     "Config": "config",
     "ConfigError": "config",
     "load_config": "config",
@@ -37,6 +37,8 @@ _HOME = {
     "TrainingTerminated": "trainer",
     "evaluate": "evaluation",
     "finetune": "finetuning",
+    "DownloadError": "download",
+    "MissingPackage": "optional",
     "match_dictionaries": "compare",
     "Matching": "compare",
 }
@@ -46,11 +48,13 @@ __all__ = [
     "SAE",
     "Config",
     "ConfigError",
+    "DownloadError",
     "E2EDownstreamTrainer",
     "E2ETrainer",
     "LocalTrainer",
     "LossConfig",
     "Matching",
+    "MissingPackage",
     "Run",
     "SAETransformer",
     "Trainer",
@@ -73,11 +77,14 @@ if TYPE_CHECKING:
     from e2e_fast import compare, embedded, kernels, losses
     from e2e_fast.compare import Matching, match_dictionaries
     from e2e_fast.config import Config, ConfigError, load_config
+    from e2e_fast.download import DownloadError
     from e2e_fast.evaluation import evaluate
     from e2e_fast.finetuning import finetune
     from e2e_fast.lm import load_lm
     from e2e_fast.losses import LossConfig
-    from e2e_fast.sae import SAE, SAETransformer
+    from e2e_fast.optional import MissingPackage
+    from e2e_fast.sae import SAE
+    from e2e_fast.sae_transformer import SAETransformer
     from e2e_fast.trainer import (
         E2EDownstreamTrainer,
         E2ETrainer,

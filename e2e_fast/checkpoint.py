@@ -20,7 +20,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -182,39 +182,3 @@ def keep_last(folder: Path, pattern: str, n: int) -> None:
     files = sorted(folder.glob(f"{pattern}_*.safetensors"), key=lambda p: int(p.stem.rsplit("_", 1)[1]))
     for path in files[:-n]:
         path.unlink(missing_ok=True)
-
-
-def download_wandb(run: str, cache_dir: str | Path | None = None) -> Path:
-    """Folder with the configuration and the newest weights of a wandb run ``entity/project/run_id``."""
-    import wandb
-
-    api = wandb.Api().run(run)
-    folder = Path(cache_dir or Path.home() / ".cache" / "e2e_fast") / run.replace("/", "_")
-    names = [file.name for file in api.files()]
-    return _fetch(folder, run, names, lambda name: api.file(name).download(root=str(folder), exist_ok=True))
-
-
-def download_hub(repo: str, subfolder: str | None = None) -> Path:
-    """Folder with the configuration and the newest weights of a run stored on the Hugging Face hub."""
-    from huggingface_hub import HfApi, hf_hub_download
-
-    prefix = f"{subfolder}/" if subfolder else ""
-    names = [n.removeprefix(prefix) for n in HfApi().list_repo_files(repo) if n.startswith(prefix)]
-    folder = None
-
-    def fetch(name: str) -> None:
-        nonlocal folder
-        folder = Path(hf_hub_download(repo, prefix + name)).parent
-
-    _fetch(Path("."), repo, names, fetch)
-    assert folder is not None
-    return folder
-
-
-def _fetch(folder: Path, run: str, names: list[str], fetch: Callable[[str], Any]) -> Path:
-    weights = [(int(m[1]), name) for name in names if (m := WEIGHTS.fullmatch(name))]
-    if "final_config.yaml" not in names or not weights:
-        raise FileNotFoundError(f"{run} holds no final_config.yaml with samples_N weights; it has {sorted(names)[:10]}")
-    fetch("final_config.yaml")
-    fetch(max(weights)[1])
-    return folder

@@ -30,7 +30,7 @@ EXIT_TERMINATED = 143
 
 def main() -> None:
     """Entry point: input errors end with one clear line and exit code 2, stopped training with 3, SIGTERM with 143."""
-    from e2e_fast.config import ConfigError
+    from e2e_fast.optional import MissingPackage
     from e2e_fast.trainer import TrainingStopped, TrainingTerminated
 
     try:
@@ -41,7 +41,7 @@ def main() -> None:
     except TrainingStopped as error:
         print(f"e2e-fast: training stopped: {error}", file=sys.stderr)
         sys.exit(EXIT_STOPPED)
-    except (ConfigError, ValueError, OSError) as error:
+    except (ValueError, OSError, MissingPackage) as error:
         print(f"e2e-fast: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
 

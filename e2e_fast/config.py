@@ -37,11 +37,11 @@ from pydantic import (
     model_validator,
 )
 
-from e2e_fast.data import DatasetConfig
 from e2e_fast.kernels.reference import BANDWIDTH
 from e2e_fast.losses import LossConfig, LossName, Positions
 from e2e_fast.precision import Precision
 from e2e_fast.sae import SAE_OPTIONS, THRESHOLD, Activation, resolve_activation
+from e2e_fast.sources import DatasetConfig
 
 Paths = Annotated[tuple[Path, ...] | None, BeforeValidator(lambda v: (v,) if isinstance(v, (str, Path)) else v)]
 
@@ -366,8 +366,8 @@ def require_same_run(began: Config, now: Config, folder: Path, given: Collection
     ]
     if changed:
         raise ConfigError(
-            f"{folder} cannot go on with other settings than it began with: {'; '.join(changed)}. Resume it with "
-            "its own final_config.yaml, or start a new run from its weights (saes.pretrained_sae_paths, saes.retrain_saes)"
+            f"{folder} cannot go on with other settings than it began with: {'; '.join(changed)}. Resume it "
+            "with its own final_config.yaml, or start another run from its weights (saes.pretrained_sae_paths)"
         )
 
 

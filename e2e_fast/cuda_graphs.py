@@ -4,7 +4,7 @@
     a member:   graph of SAE, suffix, losses and backward  → its result and gradients, which stay at theirs
     outside     gradients to ``.grad``; average, clip, Adam, logs: as without graphs
 
-`StepGraphs` has the two calls of `e2e_fast.step`, with the same arguments, and gives the same numbers. Every member has
+`StepGraphs` are `step.Steps` that give the same numbers. Every member has
 graphs of its own, so that a change in one (dense to sparse) leaves the others' in place.
 
 * A new situation (loss, size, dense or sparse, …) runs eagerly `WARM_UP` times, as part of the training, before it is
@@ -35,7 +35,7 @@ from torch import Tensor
 from e2e_fast import kernels, step
 from e2e_fast.losses import LossConfig
 from e2e_fast.measure import Timings
-from e2e_fast.precision import as_given, lowered
+from e2e_fast.precision import as_given
 from e2e_fast.sae import SAE, SAEActs
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ Recorded = tuple[Callable[[], None], Any]
 Record = Callable[[Callable[[], Any]], Recorded]
 
 
-class StepGraphs:
-    """`step.original_pass` and `step.training_step` for the members of one run, by graphs.
+class StepGraphs(step.Steps):
+    """Steps of the members of one run, by graphs; ``original`` is what `original_pass` gave for these tokens.
 
     Raises ValueError for SAEs that read back from the GPU in every step (BatchTopK).
     """
@@ -77,22 +77,16 @@ class StepGraphs:
         self._originals = _Situations()
         self._members: dict[tuple[int, ...], _Situations] = {}
 
-    def original_pass(
-        self,
-        lm: "LM",
-        wanted: "Iterable[tuple[Mapping[str, SAE], LossConfig]]",
-        tokens: Tensor,
-        timings: Timings | None = None,
+    def _original(
+        self, lm: "LM", wanted: "list[tuple[Mapping[str, Any], LossConfig]]", tokens: Tensor, timings: Timings
     ) -> "Original":
-        """`step.original_pass`."""
-        wanted = list(wanted)
         if self._tokens is None:
             self._tokens = torch.empty_like(tokens)
         static, self._recorded_original = self._tokens, None
         situation = tuple((tuple(saes), loss.downstream, loss.is_local) for saes, loss in wanted)
         if tokens.shape != static.shape or not self._originals.is_warm(situation):
-            return step.original_pass(lm, wanted, tokens, timings)
-        with (timings or Timings(enabled=False)).phase("prefix and teacher (graph)"):
+            return super()._original(lm, wanted, tokens, timings)
+        with timings.phase("prefix and teacher (graph)"):
             static.copy_(tokens, non_blocking=True)
             if situation not in self._originals:
                 for recorded in (self._originals, *self._members.values()):
@@ -101,47 +95,29 @@ class StepGraphs:
             original = self._recorded_original = self._replay(self._originals[situation])
             return original
 
-    def training_step(
-        self,
-        lm: "LM",
-        saes: "Mapping[str, SAE]",
-        loss: LossConfig,
-        tokens: Tensor,
-        *,
-        accumulation_steps: int = 1,
-        timings: Timings | None = None,
-        original: "Original | None" = None,
-        kl_rows: Tensor | None = None,
-    ) -> step.StepResult:
-        """`step.training_step`; ``original`` is what `original_pass` gave for these tokens."""
-
-        def eager() -> step.StepResult:
-            return step.training_step(
-                lm, saes, loss, tokens,
-                accumulation_steps=accumulation_steps, timings=timings, original=original, kl_rows=kl_rows,
-            )  # fmt: skip
-
-        deciding = [sae for sae in saes.values() if sae.k is None]
+    def _step(self, work: step.Work) -> step.StepResult:
+        deciding = [sae for sae in work.saes.values() if sae.k is None]
         for sae in deciding:
             sae.density.refresh()
         sparse = tuple(sae.density.sparse for sae in deciding)
-        situation = (loss, accumulation_steps, sparse, None if kl_rows is None else kl_rows.shape)
-        situations = self._members.setdefault(tuple(map(id, saes.values())), _Situations())
+        shape = None if work.kl_rows is None else work.kl_rows.shape
+        situation = (work.loss, work.accumulation_steps, sparse, shape)
+        situations = self._members.setdefault(tuple(map(id, work.saes.values())), _Situations())
         is_warm = situations.is_warm(situation)
-        if not is_warm or None in sparse or original is None or original is not self._recorded_original:
-            return eager()
-        with (timings or Timings(enabled=False)).phase("SAE to backward (graph)"):
+        if not is_warm or None in sparse or work.original is None or work.original is not self._recorded_original:
+            return super()._step(work)
+        with work.timings.phase("SAE to backward (graph)"):
             if situation not in situations:
-                work = _MemberStep(lm, saes, loss, accumulation_steps, original, kl_rows)
-                situations[situation] = work, self._new(work)
-            work, recorded = situations[situation]
-            if work.kl_rows is not None and kl_rows is not None:
-                work.kl_rows.copy_(kl_rows, non_blocking=True)
+                member = _MemberStep(work, work.original)
+                situations[situation] = member, self._new(member)
+            member, recorded = situations[situation]
+            if member.kl_rows is not None and work.kl_rows is not None:
+                member.kl_rows.copy_(work.kl_rows, non_blocking=True)
             outputs: _Outputs = self._replay(recorded)
             fitted = _observe(deciding, sparse, outputs.fullest)
             if fitted:
-                _hand_over(work.parameters, outputs.gradients, alone=accumulation_steps == 1)
-        return outputs.result if fitted else eager()  # whoever did not fit is dense now
+                _hand_over(member.parameters, outputs.gradients, alone=work.accumulation_steps == 1)
+        return outputs.result if fitted else super()._step(work)  # whoever did not fit is dense now
 
     def _new(self, work: Callable[[], Any]) -> Recorded:
         self.recordings += 1
@@ -204,20 +180,13 @@ class _Outputs(NamedTuple):
 class _MemberStep:
     """What a member's graph records: as `step.training_step`, but gradients are returned, and nothing is decided."""
 
-    def __init__(
-        self,
-        lm: "LM",
-        saes: Mapping[str, SAE],
-        loss: LossConfig,
-        accumulation_steps: int,
-        original: "Original",
-        kl_rows: Tensor | None,
-    ) -> None:
-        self.parameters = [p for sae in saes.values() for p in sae.parameters() if p.requires_grad]
-        self.kl_rows = None if kl_rows is None else kl_rows.clone()
-        self._arguments = lm, {position: _decided(sae) for position, sae in saes.items()}, loss, original
-        self._deciding = [position for position, sae in saes.items() if sae.k is None]
-        self._accumulation_steps = accumulation_steps
+    def __init__(self, work: step.Work, original: "Original") -> None:
+        self.parameters = [p for sae in work.saes.values() for p in sae.parameters() if p.requires_grad]
+        self.kl_rows = None if work.kl_rows is None else work.kl_rows.clone()
+        saes = {position: _decided(sae) for position, sae in work.saes.items()}
+        self._arguments = work.lm, saes, work.loss, original
+        self._deciding = [position for position, sae in work.saes.items() if sae.k is None]
+        self._accumulation_steps = work.accumulation_steps
 
     def __call__(self) -> _Outputs:
         lm, saes, loss, original = self._arguments
@@ -234,7 +203,7 @@ def _decided(sae: SAE) -> Callable[[Tensor], SAEActs]:
     if sae.k is not None:
         return sae
     if sae.density.sparse:
-        return lambda x: _with_room(sae, x)
+        return lambda x: sae(x, capacity=sae.density.limit)
 
     def dense(x: Tensor) -> SAEActs:
         density, sae.density = sae.density, _AlwaysDense(sae.density.limit)
@@ -244,19 +213,6 @@ def _decided(sae: SAE) -> Callable[[Tensor], SAEActs]:
             sae.density = density
 
     return dense
-
-
-def _with_room(sae: SAE, x: Tensor) -> SAEActs:
-    """``sae(x)`` with as many slots a row as its limit, full or not."""
-    flat, W_enc, W_dec = lowered(x.reshape(-1, sae.d_in), sae.W_enc, sae.W_dec)
-    thresholds = sae.thresholds
-    chosen: dict[str, Any] = {} if thresholds is None else {"threshold": thresholds, "bandwidth": sae.bandwidth}
-    with as_given(x.device):
-        output, code = kernels.autoencode(
-            flat, W_enc, sae.b_enc, W_dec, sae.b_dec,
-            capacity=sae.density.limit, normalize=sae.normalize_decoder, **chosen,
-        )  # fmt: skip
-    return SAEActs(x, output.to(x.dtype).view_as(x), code, sae.d_sae)
 
 
 class _AlwaysDense(kernels.DensityController):

@@ -102,6 +102,13 @@ class World(NamedTuple):
         dist.all_reduce(flags)
         return bool(flags)
 
+    def abandon(self) -> None:
+        """After an error in this process: it ends without the others, which may wait for it in a collective.
+
+        Destroying the group would wait for them in turn. torchrun sees the process end and stops the rest.
+        """
+        atexit.unregister(_leave)
+
     def share(self, value: Any) -> Any:
         """The first process's value (any that can be pickled)."""
         if self.size == 1:
@@ -125,7 +132,7 @@ def join() -> World:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        atexit.register(_leave)
+        atexit.register(_leave)  # a group that is still there at the end is warned of
     return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
 
 

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 
 from e2e_fast import losses
-from e2e_fast.data import token_array
 from e2e_fast.losses import InToOrigLoss, LossConfig, WeightedLoss
 from e2e_fast.metrics import ActFrequency, step_metrics
+from e2e_fast.sources import token_array
 from e2e_fast.step import forward_step, original_pass
 
 if TYPE_CHECKING:
     from e2e_fast.lm import LM
-    from e2e_fast.sae import SAE, SAETransformer
+    from e2e_fast.sae import SAE
+    from e2e_fast.sae_transformer import SAETransformer
 
 
 def evaluate(

@@ -22,12 +22,13 @@ from torch import Tensor
 
 from e2e_fast import checkpoint, formats, losses
 from e2e_fast.config import Config, load_config
-from e2e_fast.data import token_array
 from e2e_fast.distributed import join
 from e2e_fast.formats import StoredSAE, e2e_sae
 from e2e_fast.lm import LM, load_lm
 from e2e_fast.positions import resolve_positions
-from e2e_fast.sae import SAE, SAETransformer, to_e2e_sae
+from e2e_fast.sae import SAE, to_e2e_sae
+from e2e_fast.sae_transformer import SAETransformer
+from e2e_fast.sources import token_array
 from e2e_fast.trainer import Run, Trainer
 
 

@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from e2e_fast.optional import require
+
 Row = Mapping[str, float]
 
 
@@ -110,8 +112,7 @@ class WandbLog:
     """Rows to Weights & Biases, stepped by samples as e2e_sae does. ``alone``: no other run of the process is open."""
 
     def __init__(self, project: str, name: str, settings: Mapping[str, Any], *, alone: bool = True) -> None:
-        import wandb
-
+        wandb = require("wandb", f"logging to wandb_project {project!r}", extra="wandb")
         further: dict[str, Any] = {} if alone else {"reinit": "create_new"}
         self._run = wandb.init(project=project, name=name, config=dict(settings), **further)
 

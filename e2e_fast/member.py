@@ -32,7 +32,8 @@ from e2e_fast.losses import LossConfig, LossName
 from e2e_fast.measure import Timings
 from e2e_fast.metrics import ActFrequency, step_metrics
 from e2e_fast.optimizer import Adam
-from e2e_fast.sae import SAETransformer, load_e2e_sae, to_e2e_sae
+from e2e_fast.sae import load_e2e_sae, to_e2e_sae
+from e2e_fast.sae_transformer import SAETransformer
 from e2e_fast.schedule import Phase, learning_rate, phases
 from e2e_fast.step import StepResult, training_step
 

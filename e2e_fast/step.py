@@ -48,32 +48,73 @@ class StepResult(NamedTuple):
     """None in local training."""
 
 
-def training_step(
-    lm: "LM",
-    saes: "Mapping[str, SAE]",
-    loss: LossConfig,
-    tokens: Tensor,
-    *,
-    accumulation_steps: int = 1,
-    timings: Timings | None = None,
-    original: "Original | None" = None,
-    kl_rows: Tensor | None = None,
-) -> StepResult:
-    """Forward and backward of one micro-batch; gradients are added to the SAEs' ``.grad``.
+class Work(NamedTuple):
+    """What `Steps.training_step` is given."""
 
-    tokens [B, T]. ``loss`` names its downstream positions in full. The loss is divided by ``accumulation_steps``
-    before the backward, so that the gradients of an optimizer step are those of its mean loss. ``timings`` receives the
-    seconds of each phase. ``original`` is the `original_pass` of these tokens where it is known already. ``kl_rows``
-    [n] are the flattened tokens on which the KL is estimated; None takes all.
-    """
-    timings = timings or Timings(enabled=False)
-    result = forward_step(lm, saes, loss, tokens, timings, original, kl_rows)
-    return _backward(lm, result, accumulation_steps, timings)
+    lm: "LM"
+    saes: "Mapping[str, SAE]"
+    loss: LossConfig
+    tokens: Tensor
+    accumulation_steps: int
+    timings: Timings
+    original: "Original | None"
+    kl_rows: Tensor | None
 
 
-def _backward(lm: "LM", result: StepResult, accumulation_steps: int, timings: Timings) -> StepResult:
-    with timings.phase("backward"), as_given(lm.device):
-        (result.loss / accumulation_steps).backward()
+class Steps:
+    """The original pass of a batch and the steps on it, run as they are written; subclasses run them in other ways."""
+
+    def original_pass(
+        self,
+        lm: "LM",
+        wanted: "Iterable[tuple[Mapping[str, Any], LossConfig]]",
+        tokens: Tensor,
+        timings: Timings | None = None,
+    ) -> "Original":
+        """The prefix and, unless every loss is local, the teacher: once, with what each (SAEs, loss) needs of them."""
+        return self._original(lm, list(wanted), tokens, timings or Timings(enabled=False))
+
+    def training_step(
+        self,
+        lm: "LM",
+        saes: "Mapping[str, SAE]",
+        loss: LossConfig,
+        tokens: Tensor,
+        *,
+        accumulation_steps: int = 1,
+        timings: Timings | None = None,
+        original: "Original | None" = None,
+        kl_rows: Tensor | None = None,
+    ) -> StepResult:
+        """Forward and backward of one micro-batch; gradients are added to the SAEs' ``.grad``.
+
+        tokens [B, T]. ``loss`` names its downstream positions in full. The loss is divided by ``accumulation_steps``
+        before the backward, so that the gradients of an optimizer step are those of its mean loss. ``timings`` receives
+        the seconds of each phase. ``original`` is the `original_pass` of these tokens where it is known already.
+        ``kl_rows`` [n] are the flattened tokens on which the KL is estimated; None takes all.
+        """
+        timings = timings or Timings(enabled=False)
+        return self._step(Work(lm, saes, loss, tokens, accumulation_steps, timings, original, kl_rows))
+
+    def _original(
+        self, lm: "LM", wanted: "list[tuple[Mapping[str, Any], LossConfig]]", tokens: Tensor, timings: Timings
+    ) -> "Original":
+        at = list(dict.fromkeys(position for saes, _ in wanted for position in saes))
+        downstream = list(dict.fromkeys(position for _, loss in wanted for position in loss.downstream))
+        suffix = not all(loss.is_local for _, loss in wanted)
+        return lm.original(tokens, at=at, downstream=downstream, suffix=suffix, timings=timings)
+
+    def _step(self, work: Work) -> StepResult:
+        lm, saes, loss, tokens, _, timings, original, kl_rows = work
+        return _backward(work, forward_step(lm, saes, loss, tokens, timings, original, kl_rows))
+
+
+original_pass, training_step = Steps().original_pass, Steps().training_step
+
+
+def _backward(work: Work, result: StepResult) -> StepResult:
+    with work.timings.phase("backward"), as_given(work.lm.device):
+        (result.loss / work.accumulation_steps).backward()
     return without_graph(result)
 
 
@@ -124,26 +165,20 @@ def _run(
     return acts, spliced
 
 
-class SharedLogits:
-    """`original_pass` and `training_step` for several sets of SAEs, whose KLs share the teacher's logits.
+class SharedLogits(Steps):
+    """Steps of several sets of SAEs, whose KLs share the teacher's logits.
 
     The numbers are the same. The original pass runs all of them up to their KL, so their activations are alive at a
-    time; their losses and backward passes follow one by one. `training_step` takes no ``kl_rows``.
+    time; their losses and backward passes follow one by one. `training_step` needs the pass and takes no ``kl_rows``.
     """
 
     def __init__(self) -> None:
         self._runs: dict[int, tuple[dict[str, SAEActs], Spliced]] = {}
 
-    def original_pass(
-        self,
-        lm: "LM",
-        wanted: "Iterable[tuple[Mapping[str, SAE], LossConfig]]",
-        tokens: Tensor,
-        timings: Timings | None = None,
+    def _original(
+        self, lm: "LM", wanted: "list[tuple[Mapping[str, Any], LossConfig]]", tokens: Tensor, timings: Timings
     ) -> "Original":
-        """`original_pass`, and the rest up to the KL."""
-        wanted, timings = list(wanted), timings or Timings(enabled=False)
-        original, self._runs = original_pass(lm, wanted, tokens, timings), {}
+        original, self._runs = super()._original(lm, wanted, tokens, timings), {}
         if any(loss.logits_kl is None for _, loss in wanted):
             return original
         for saes, loss in wanted:
@@ -155,31 +190,17 @@ class SharedLogits:
             share_kl([spliced for _, spliced in self._runs.values()], gradient=gradient)
         return original
 
-    def training_step(
-        self,
-        lm: "LM",
-        saes: "Mapping[str, SAE]",
-        loss: LossConfig,
-        tokens: Tensor,
-        *,
-        accumulation_steps: int = 1,
-        timings: Timings | None = None,
-        original: "Original | None" = None,
-        kl_rows: Tensor | None = None,
-    ) -> StepResult:
-        """`training_step` of one set of SAEs, after the `original_pass` of these tokens."""
-        if original is None or kl_rows is not None:
+    def _step(self, work: Work) -> StepResult:
+        if work.original is None or work.kl_rows is not None:
             raise ValueError("shared logits need the original pass and take no kl_rows")
-        timings = timings or Timings(enabled=False)
-        run = self._runs.pop(id(saes), None)
+        run = self._runs.pop(id(work.saes), None)
         if run is None:
-            result = forward_step(lm, saes, loss, tokens, timings, original)
-        else:
-            original = original.restrict(saes, loss.downstream)
-            with timings.phase("losses"):
-                total, terms = compute_loss(loss, run[0], original, run[1], None, timings)
-            result = StepResult(total, terms, run[0], original, run[1])
-        return _backward(lm, result, accumulation_steps, timings)
+            return super()._step(work)
+        acts, spliced = run
+        original = work.original.restrict(work.saes, work.loss.downstream)
+        with work.timings.phase("losses"):
+            total, terms = compute_loss(work.loss, acts, original, spliced, None, work.timings)
+        return _backward(work, StepResult(total, terms, acts, original, spliced))
 
 
 def without_graph(result: StepResult) -> StepResult:
@@ -191,17 +212,3 @@ def without_graph(result: StepResult) -> StepResult:
     if result.spliced is not None:
         result.spliced.drop_graph()
     return result._replace(loss=result.loss.detach(), acts=acts)
-
-
-def original_pass(
-    lm: "LM",
-    wanted: "Iterable[tuple[Mapping[str, Any], LossConfig]]",
-    tokens: Tensor,
-    timings: Timings | None = None,
-) -> "Original":
-    """The prefix and, unless every loss is local, the teacher: once, with what each (SAEs, loss) needs of them."""
-    wanted = list(wanted)
-    at = list(dict.fromkeys(position for saes, _ in wanted for position in saes))
-    downstream = list(dict.fromkeys(position for _, loss in wanted for position in loss.downstream))
-    suffix = not all(loss.is_local for _, loss in wanted)
-    return lm.original(tokens, at=at, downstream=downstream, suffix=suffix, timings=timings)

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from e2e_fast import checkpoint, step
+from e2e_fast import checkpoint
 from e2e_fast.config import EVAL_SEED_OFFSET, Config, load_config, require_same_run
 from e2e_fast.cuda_graphs import StepGraphs
-from e2e_fast.data import TokenBatches, token_array
+from e2e_fast.data import TokenBatches
 from e2e_fast.distributed import World, join
 from e2e_fast.evaluation import count_together, evaluate, evaluate_together
 from e2e_fast.lm import load_lm
@@ -35,8 +35,10 @@ from e2e_fast.measure import Timings
 from e2e_fast.member import Member, TrainingStopped, crossed, first_samples, frequency_tokens, open_batches
 from e2e_fast.metrics import ActFrequency
 from e2e_fast.precision import Precision, arithmetic, resolve
-from e2e_fast.sae import SAE, SAETransformer
-from e2e_fast.step import SharedLogits
+from e2e_fast.sae import SAE
+from e2e_fast.sae_transformer import SAETransformer
+from e2e_fast.sources import token_array
+from e2e_fast.step import SharedLogits, Steps
 
 
 class TrainingTerminated(TrainingStopped):
@@ -111,7 +113,7 @@ class Trainer:
         """With ``cuda_graphs``, what runs the micro-steps, with counts of its recordings and replays."""
         sweep = config.sweep
         shares = sweep is not None and sweep.share_logits and len(self.members) > 1 and config.kl_positions == 1
-        self._shared = SharedLogits() if shares else None
+        self._shared = SharedLogits() if shares else Steps()
         self.timings = Timings(device, enabled=torch.device(device).type == "cpu")
         """Seconds by phase of the training steps; on a GPU set ``timings.enabled`` (each phase then synchronises)."""
         self.batches = open_batches(config, self.lm, "train", tokens, self.world)
@@ -143,9 +145,8 @@ class Trainer:
         return StepGraphs(member.saes for member in self.members)
 
     @property
-    def _steps(self) -> Any:
-        """What has `step.original_pass` and `step.training_step`."""
-        return self.graphs or self._shared or step
+    def _steps(self) -> Steps:
+        return self.graphs or self._shared
 
     # ------------------------------------------------------------------ the loop
 
@@ -165,6 +166,11 @@ class Trainer:
                 counts = self._final_counts()
                 for member, frequency in zip(self.members, counts, strict=True):
                     member.finish(frequency)
+        except TrainingTerminated:  # by all processes together
+            raise
+        except BaseException:
+            self.world.abandon()
+            raise
         finally:
             self.batches.close()
             for member in self.members:

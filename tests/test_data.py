@@ -11,7 +11,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from e2e_fast.data import DatasetConfig, TokenBatches, load_tokenizer
+from e2e_fast.data import DatasetConfig, TokenBatches
+from e2e_fast.tokenizer import load_tokenizer
 
 
 def config(name: Any, **keys: Any) -> DatasetConfig:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -153,30 +154,62 @@ def test_batch_topks_threshold_is_that_of_all_processes(work: Path, tmp_path: Pa
     torch.testing.assert_close(together[f"{AT.replace('.', '-')}.running_threshold"], torch.stack(seen).mean())
 
 
-def test_sigterm_to_one_process_ends_all_with_a_checkpoint(work: Path, tmp_path: Path) -> None:
+def driven(tmp_path: Path, before: str, config: Path) -> subprocess.Popen[str]:
+    """Two processes that train; ``before`` each micro-batch is run with the member as ``self``."""
     driver = tmp_path / "driver.py"
     driver.write_text(
-        "import os, signal\n"
+        "import os, pathlib, signal, time\n"
         "from e2e_fast import cli\n"
         "from e2e_fast.member import Member\n"
         "micro_batch = Member.micro_batch\n"
-        "def signalling(self, *args):\n"
-        "    if os.environ['RANK'] == '1' and self.samples == 16:\n"
-        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "def driven(self, *args):\n"
+        f"    {before}\n"
         "    micro_batch(self, *args)\n"
-        "Member.micro_batch = signalling\n"
+        "Member.micro_batch = driven\n"
         "cli.main()\n"
     )
-    config = settings(work, tmp_path / "out", save_every_n_samples=None)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launch, str(driver), "train", str(config), "--quiet"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(e2e_fast.__file__).parents[1])}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode != 0
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def test_sigterm_to_one_process_ends_all_with_a_checkpoint(work: Path, tmp_path: Path) -> None:
+    config = settings(work, tmp_path / "out", save_every_n_samples=None)
+    signalling = "os.environ['RANK'] == '1' and self.samples == 16 and os.kill(os.getpid(), signal.SIGTERM)"
+    processes = driven(tmp_path, signalling, config)
+    _, errors = processes.communicate(timeout=120)
+    assert processes.returncode != 0
     folder = only(tmp_path / "out")
-    assert f"SIGTERM at sample 24: go on with --resume {folder}" in done.stderr
-    assert "exitcode  : 143" in done.stderr
+    assert f"SIGTERM at sample 24: go on with --resume {folder}" in errors
+    assert "exitcode  : 143" in errors
     assert checkpoint.resumable(folder) == 24
+
+
+def test_sigterm_to_torchrun_ends_all_with_a_checkpoint(work: Path, tmp_path: Path) -> None:
+    config = settings(work, tmp_path / "out", save_every_n_samples=None)
+    started = tmp_path / "started"
+    processes = driven(tmp_path, f"pathlib.Path({str(started)!r}).touch(), time.sleep(0.5)", config)
+    while not started.exists() and processes.poll() is None:
+        time.sleep(0.05)
+    processes.terminate()
+    _, errors = processes.communicate(timeout=25)  # torchrun kills after 30 s what does not end
+    folder = only(tmp_path / "out")
+    assert f"go on with --resume {folder}" in errors
+    assert checkpoint.resumable(folder) in (8, 16)
+    assert "process group" not in errors
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_in_one_process_ends_all_at_once(work: Path, tmp_path: Path, rank: int) -> None:
+    """The other waits for it in an all_reduce."""
+    config = settings(work, tmp_path / "out", eval_every_n_samples=None)
+    failing = f"os.environ['RANK'] == '{rank}' and self.samples == 16 and [][0]"
+    processes = driven(tmp_path, failing, config)
+    _, errors = processes.communicate(timeout=120)
+    assert processes.returncode != 0
+    assert f"[rank{rank}]: IndexError: list index out of range" in errors
+    assert "process group" not in errors
 
 
 def test_another_optimizer_step_is_not_resumed(work: Path, tmp_path: Path) -> None:

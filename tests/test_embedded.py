@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from e2e_fast import embedded, train_lm
-from e2e_fast.data import DatasetConfig, TokenBatches, load_tokenizer
+from e2e_fast.data import DatasetConfig, TokenBatches
 from e2e_fast.embedded import corpus
+from e2e_fast.tokenizer import load_tokenizer
 
 # ------------------------------------------------------------------------------------------------------------ the text
 

@@ -13,7 +13,8 @@ import e2e_fast
 from e2e_fast import checkpoint
 from e2e_fast.config import ConfigError
 from e2e_fast.kernels import JumpCode
-from e2e_fast.sae import CacheActs, SAEActs, to_e2e_sae
+from e2e_fast.sae import SAEActs, to_e2e_sae
+from e2e_fast.sae_transformer import CacheActs
 
 AT, LATER = "blocks.1.hook_resid_pre", "blocks.2.hook_resid_pre"
 

@@ -17,6 +17,7 @@ import numpy as np
 import typer
 
 from e2e_fast.compare.matching import Matching, Progress, match_dictionaries
+from e2e_fast.optional import require
 
 _PAIR_FORMATS = (".csv", ".parquet", ".npz")
 _STAGES = {
@@ -104,12 +105,8 @@ def write_pairs(m: Matching, path: Path) -> None:
         bounds = {"total": m.total, "upper_bound": m.upper_bound, "row_price": m.row_price, "col_price": m.col_price}
         np.savez(path, **columns, **bounds)
     elif path.suffix == ".parquet":
-        try:
-            import pyarrow
-            import pyarrow.parquet
-        except ImportError as error:
-            raise typer.BadParameter("writing Parquet needs pyarrow; .csv and .npz need nothing") from error
-        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+        parquet = require("pyarrow.parquet", "writing Parquet (.csv and .npz need nothing)")
+        parquet.write_table(require("pyarrow", "writing Parquet").table(columns), path)
     else:
         with path.open("w", newline="") as file:
             writer = csv.writer(file)
