@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import tape
+import tiny
 import torch
-import transformers
+from tiny import AT, LAST, LATER
 
 import e2e_fast
 from e2e_fast import losses, step
@@ -15,19 +16,17 @@ from e2e_fast.cuda_graphs import WARM_UP, StepGraphs
 from e2e_fast.lm import LM
 from e2e_fast.sae import SAE, to_e2e_sae
 
-AT, THEN, LATER = (f"blocks.{i}.hook_resid_pre" for i in (1, 2, 3))
+RELU = {"sae_positions": AT, "dict_size_to_input_ratio": 3.0}
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(n_layer=4, n_embd=32, n_head=2, n_positions=16, vocab_size=61)
-    return transformers.GPT2LMHeadModel(config)
+    return tiny.gpt2()
 
 
 @pytest.fixture(scope="module")
 def tokens() -> np.ndarray:
-    return np.random.default_rng(0).integers(61, size=(96, 16))
+    return tiny.tokens()
 
 
 @pytest.fixture(autouse=True)
@@ -37,22 +36,15 @@ def _only_what_a_gpu_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def settings(**changes: Any) -> dict[str, Any]:
     base: dict[str, Any] = {
-        "tlens_model_name": "tiny",
-        "save_dir": None,
         "n_samples": 96,
-        "save_every_n_samples": None,
-        "eval_n_samples": None,
-        "batch_size": 4,
-        "lr": 1e-3,
-        "max_grad_norm": 1.0,
+        "effective_batch_size": None,
         "log_every_n_grad_steps": 2,
         "collect_act_frequency_every_n_samples": 16,
         "act_frequency_n_tokens": 200,
-        "loss": losses.e2e_downstream(0.2, (LATER,)).model_dump(),
-        "train_data": {"dataset_name": "given", "tokenizer_name": "none", "split": "train", "n_ctx": 16},
-        "saes": {"sae_positions": AT, "dict_size_to_input_ratio": 3.0, "k": 8},
+        "loss": losses.e2e_downstream(0.2, (LAST,)).model_dump(),
+        "saes": RELU | {"k": 8},
     }
-    return base | changes
+    return tiny.settings(**(base | changes))
 
 
 def recorded(config: dict[str, Any], model: Any, tokens: np.ndarray) -> tuple[StepGraphs, Any]:
@@ -70,9 +62,6 @@ def assert_equal(ours: Any, theirs: Any) -> None:
             assert torch.equal(value, weights[key]), key
 
 
-RELU = {"sae_positions": AT, "dict_size_to_input_ratio": 3.0}
-
-
 @pytest.mark.parametrize(
     ("changes", "members"),
     [
@@ -83,8 +72,8 @@ RELU = {"sae_positions": AT, "dict_size_to_input_ratio": 3.0}
         ({"precision": "bf16"}, 1),
         ({"saes": RELU}, 1),  # dense throughout: half of the features are active
         ({"saes": RELU | {"activation": "jump_relu"}}, 1),
-        ({"saes": RELU | {"sae_positions": [AT, THEN]}}, 1),
-        ({"sweep": {"seed": [0, 1], "sae_positions": [AT, [AT, THEN]]}, "effective_batch_size": 8}, 4),
+        ({"saes": RELU | {"sae_positions": [AT, LATER]}}, 1),
+        ({"sweep": {"seed": [0, 1], "sae_positions": [AT, [AT, LATER]]}, "effective_batch_size": 8}, 4),
     ],
     ids=["topk", "local", "accumulation", "kl rows", "bf16", "relu", "jump_relu", "two positions", "sweep"],
 )

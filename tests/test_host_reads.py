@@ -7,10 +7,10 @@ the GPU's own kernels do inside is not seen here.
 
 from typing import Any
 
-import numpy as np
 import pytest
+import tiny
 import torch
-import transformers
+from tiny import AT, LAST, LATER
 from torch.utils._pytree import tree_map_only
 
 import e2e_fast
@@ -18,43 +18,21 @@ from e2e_fast import losses
 from e2e_fast.cuda_graphs import _AlwaysDense
 from e2e_fast.lm import _Call
 
-AT, THEN, LATER = (f"blocks.{i}.hook_resid_pre" for i in (1, 2, 3))
 SAES = {"sae_positions": AT, "dict_size_to_input_ratio": 3.0, "k": 4}
-
-
-def tiny(family: str) -> Any:
-    torch.manual_seed(0)
-    if family == "gpt2":
-        config = transformers.GPT2Config(n_layer=4, n_embd=32, n_head=2, n_positions=16, vocab_size=61)
-        return transformers.GPT2LMHeadModel(config)
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            num_hidden_layers=4, hidden_size=32, intermediate_size=64, num_attention_heads=2,
-            max_position_embeddings=16, vocab_size=61,
-        )
-    )  # fmt: skip
+MODELS = {"gpt2": tiny.gpt2, "llama": tiny.llama}
 
 
 def settings(**changes: Any) -> dict[str, Any]:
     base: dict[str, Any] = {
-        "tlens_model_name": "tiny",
-        "save_dir": None,
         "n_samples": 64,
-        "save_every_n_samples": None,
-        "eval_n_samples": None,
-        "batch_size": 4,
-        "effective_batch_size": 8,
-        "lr": 1e-3,
-        "max_grad_norm": 1.0,
         "log_every_n_grad_steps": 4,
         "collect_act_frequency_every_n_samples": 10**6,
         "act_frequency_n_tokens": 10**6,
-        "loss": losses.e2e_downstream(0.2, (LATER,)).model_dump(),
-        "train_data": {"dataset_name": "given", "tokenizer_name": "none", "split": "train", "n_ctx": 16},
+        "loss": losses.e2e_downstream(0.2, (LAST,)).model_dump(),
         "saes": SAES,
         "device": "cpu",
     }
-    return base | changes
+    return tiny.settings(**(base | changes))
 
 
 def without_values(trainer: e2e_fast.Trainer) -> None:
@@ -90,13 +68,13 @@ def without_values(trainer: e2e_fast.Trainer) -> None:
         {"saes": SAES | {"k": None}},
         {"saes": SAES | {"k": None, "activation": "jump_relu"}},
         {"saes": SAES | {"sae_positions": [AT, "blocks.2.hook_mlp_out"]}},
-        {"sweep": {"seed": [0, 1], "sae_positions": [AT, THEN]}},
+        {"sweep": {"seed": [0, 1], "sae_positions": [AT, LATER]}},
     ],
     ids=["topk", "local", "balanced, kl rows", "relu", "jump_relu", "two positions", "sweep"],
 )
 def test_a_step_that_does_not_log_reads_nothing_back(family: str, changes: dict[str, Any]) -> None:
-    tokens = np.random.default_rng(0).integers(61, size=(64, 16))
-    trainer = e2e_fast.Trainer(settings(**changes), tiny(family), tokens, quiet=True)
+    tokens: Any = tiny.tokens(64)
+    trainer = e2e_fast.Trainer(settings(**changes), MODELS[family](), tokens, quiet=True)
     batches = iter(trainer._training_batches())
     trainer._micro_batch(next(batches))  # logs, as the first does, and makes the masks
     trainer._micro_batch(next(batches))

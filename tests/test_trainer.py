@@ -11,54 +11,28 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
-import transformers
+from tiny import AT, LAST, LATER
 
 import e2e_fast
 from e2e_fast import checkpoint
 from e2e_fast.checkpoint import CheckpointError
 from e2e_fast.sae import to_e2e_sae
 
-AT, LATER, LAST = (f"blocks.{i}.hook_resid_pre" for i in (1, 2, 3))
-
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(n_layer=4, n_embd=32, n_head=2, n_positions=16, vocab_size=61)
-    return transformers.GPT2LMHeadModel(config)
+    return tiny.gpt2()
 
 
 @pytest.fixture(scope="module")
 def tokens() -> np.ndarray:
-    return np.random.default_rng(0).integers(61, size=(96, 16))
+    return tiny.tokens()
 
 
-def settings(tmp_path: Path | None = None, **changes: Any) -> dict[str, Any]:
-    base: dict[str, Any] = {
-        "tlens_model_name": "tiny",
-        "save_dir": tmp_path,
-        "n_samples": 48,
-        "save_every_n_samples": None,
-        "eval_n_samples": None,
-        "batch_size": 4,
-        "effective_batch_size": 8,
-        "lr": 1e-3,
-        "warmup_samples": 8,
-        "max_grad_norm": 1.0,
-        "log_every_n_grad_steps": 1,
-        "collect_act_frequency_every_n_samples": 0,
-        "loss": {
-            "sparsity": {"coeff": 0.2},
-            "in_to_orig": {"total_coeff": 1.0, "hook_positions": [LATER]},
-            "out_to_orig": None,
-            "out_to_in": {"coeff": 0.0},
-            "logits_kl": {"coeff": 1.0},
-        },
-        "train_data": {"dataset_name": "given", "tokenizer_name": "none", "split": "train", "n_ctx": 16},
-        "saes": {"sae_positions": AT, "dict_size_to_input_ratio": 3.0},
-    }
-    return base | changes
+def settings(save_dir: Path | None = None, **changes: Any) -> dict[str, Any]:
+    return tiny.settings(save_dir, **({"warmup_samples": 8, "loss": tiny.DOWNSTREAM} | changes))
 
 
 def weights(run: e2e_fast.Run) -> dict[str, torch.Tensor]:
