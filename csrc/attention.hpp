@@ -41,7 +41,8 @@ int64_t attention_scratch(const Attention& job, bool gradient, int threads);
 /// of D and an exponential each. NaN and infinities of a token may reach the up to 47 tokens before it.
 void attention(const Attention& job, float* scratch, int threads);
 
-/// The same for the gradient: five products and an exponential a pair. A thread takes a key head of a batch row.
+/// The same for the gradient: five products and an exponential a pair. A thread takes a key head of a batch row. lse is a
+/// float, so p is known to 2^-23 of the greatest score.
 void attention_gradient(const AttentionGradient& job, float* scratch, int threads);
 
 }  // namespace e2e

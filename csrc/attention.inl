@@ -100,9 +100,9 @@ static void unpack(const float* packed, int64_t count, int64_t D, float* rows, i
 
 // --- Products -------------------------------------------------------------------------------------------------------
 
-/// finish(r, b, Σ_d rows[r, d] columns[d, b]) for R rows, P apart, and B registers of columns.
-template <int R, int B, class Finish>
-E2E_INLINE void row_tile(const float* rows, int64_t P, const float* columns, int64_t D, const Finish& finish) {
+/// out [r, b] = Σ_d rows[r, d] columns[d, b] for R rows, P apart, and B registers of columns.
+template <int R, int B>
+E2E_INLINE void row_tile(const float* rows, int64_t P, const float* columns, int64_t D, float* out) {
   Lanes sum[R][B];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -122,17 +122,15 @@ E2E_INLINE void row_tile(const float* rows, int64_t P, const float* columns, int
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 3
-    for (int b = 0; b < B; ++b) finish(r, b, sum[r][b]);
+    for (int b = 0; b < B; ++b) store(out + (r * B + b) * kLanes, sum[r][b]);
 }
 
-/// finish(row, b, product) for all of `count` rows.
-template <int B, class Finish>
-E2E_INLINE void row_products(const float* rows, int64_t count, int64_t P, const float* columns, int64_t D,
-                             const Finish& finish) {
-  int64_t first = 0;
-  const auto shifted = [&](int r, int b, Lanes sum) __attribute__((always_inline)) { finish(first + r, b, sum); };
-  for (; first + kRows <= count; first += kRows) row_tile<kRows, B>(rows + first * P, P, columns, D, shifted);
-  for (; first < count; ++first) row_tile<1, B>(rows + first * P, P, columns, D, shifted);
+/// The same for all of `count` rows.
+template <int B>
+E2E_INLINE void row_products(const float* rows, int64_t count, int64_t P, const float* columns, int64_t D, float* out) {
+  int64_t r = 0;
+  for (; r + kRows <= count; r += kRows) row_tile<kRows, B>(rows + r * P, P, columns, D, out + r * B * kLanes);
+  for (; r < count; ++r) row_tile<1, B>(rows + r * P, P, columns, D, out + r * B * kLanes);
 }
 
 /// sums[d, :] += Σ_r rows[r, d] columns[r, :] for d in [0, padded(D)), a multiple of kRows; `count` rows, P apart.
@@ -203,11 +201,11 @@ E2E_INLINE void outer_products(const float* weights, int64_t keys, int64_t token
 
 // --- Forward --------------------------------------------------------------------------------------------------------
 
-/// Numbers of a register's queries, as floats.
-E2E_INLINE IntLanes query_numbers(int64_t first) {
-  IntLanes n;
-  for (int i = 0; i < kLanes; ++i) n[i] = static_cast<int32_t>(first + i);
-  return n;
+/// Scores [key][query] of keys [key, key + n) that a query of [first, …) may not see become kLowest.
+template <int B>
+E2E_INLINE void hide(float* s, int64_t n, int64_t key, int64_t first) {
+  for (int64_t r = key < first ? first - key : 0; r < n; ++r)
+    for (int64_t i = 0; i < key + r - first && i < B * kLanes; ++i) s[r * B * kLanes + i] = kLowest;
 }
 
 /// Queries [first, first + count) of one head, count ≤ B · kLanes, against packed keys and values.
@@ -219,18 +217,17 @@ static void attend_block(const Attention& job, int64_t b, int64_t h, int64_t fir
   transpose_in<B>(job.q.row(b, h, first), job.q.token, count, job.D, job.scale, q);
   __builtin_memset(sums, 0, static_cast<size_t>(B * kLanes * P) * sizeof(float));
   Lanes top[B], total[B];
-  IntLanes query[B];
-  for (int i = 0; i < B; ++i) top[i] = fill(kLowest), total[i] = Lanes{}, query[i] = query_numbers(first + i * kLanes);
+  for (int i = 0; i < B; ++i) top[i] = fill(kLowest), total[i] = Lanes{};
   for (int64_t key = 0; key < end; key += kKeys) {
     const int64_t n = end - key < kKeys ? end - key : kKeys;
     const bool all_seen = key + n - 1 <= first;
+    row_products<B>(keys + key * P, n, P, q, job.D, s);
+    if (!all_seen) hide<B>(s, n, key, first);
     Lanes highest[B];
     for (int i = 0; i < B; ++i) highest[i] = top[i];
-    row_products<B>(keys + key * P, n, P, q, job.D, [&](int64_t r, int i, Lanes score) __attribute__((always_inline)) {
-      if (!all_seen) score = query[i] < static_cast<int32_t>(key + r) ? fill(kLowest) : score;
-      highest[i] = greater(highest[i], score);
-      store(s + (r * B + i) * kLanes, score);
-    });
+    for (int64_t r = 0; r < n; ++r)
+#pragma GCC unroll 3
+      for (int i = 0; i < B; ++i) highest[i] = greater(highest[i], load(s + (r * B + i) * kLanes));
     Lanes shrink[B];
     for (int i = 0; i < B; ++i) {
       shrink[i] = exp(top[i] - highest[i]);
@@ -305,23 +302,22 @@ static void gradient_block(const AttentionGradient& job, int64_t b, int64_t h, i
     mean_of[n] = n < count ? dot(gradients + n * job.dout.token, of.out.row(b, h, first + n), of.D) : 0;
   }
   Lanes lse[B], mean[B];
-  IntLanes query[B];
-  for (int i = 0; i < B; ++i) {
-    lse[i] = load(lse_of + i * kLanes), mean[i] = load(mean_of + i * kLanes);
-    query[i] = query_numbers(first + i * kLanes);
-  }
+  for (int i = 0; i < B; ++i) lse[i] = load(lse_of + i * kLanes), mean[i] = load(mean_of + i * kLanes);
   for (int64_t key = 0; key < end; key += kKeys) {
     const int64_t n = end - key < kKeys ? end - key : kKeys;
     const bool all_seen = key + n - 1 <= first;
     const float *const keys = head.keys + key * P, *const values = head.values + key * P;
-    row_products<B>(keys, n, P, q, of.D, [&](int64_t r, int i, Lanes score) __attribute__((always_inline)) {
-      if (!all_seen) score = query[i] < static_cast<int32_t>(key + r) ? fill(kLowest) : score;
-      store(p + (r * B + i) * kLanes, exp(score - lse[i]));
-    });
-    row_products<B>(values, n, P, g, of.D, [&](int64_t r, int i, Lanes product) __attribute__((always_inline)) {
-      const int64_t at = (r * B + i) * kLanes;
-      store(ds + at, load(p + at) * (product - mean[i]));
-    });
+    row_products<B>(keys, n, P, q, of.D, p);
+    if (!all_seen) hide<B>(p, n, key, first);
+    row_products<B>(values, n, P, g, of.D, ds);
+    for (int64_t r = 0; r < n; ++r)
+#pragma GCC unroll 3
+      for (int i = 0; i < B; ++i) {
+        const int64_t at = (r * B + i) * kLanes;
+        const Lanes weight = exp(load(p + at) - lse[i]);
+        store(p + at, weight);
+        store(ds + at, weight * (load(ds + at) - mean[i]));
+      }
     column_products<B>(keys, n, P, ds, dq);
     outer_products(ds, n, tokens, q_rows, count, P, head.dkeys + key * P);
     outer_products(p, n, tokens, g_rows, count, P, head.dvalues + key * P);
