@@ -72,4 +72,4 @@ def test_step(duel: Callable[..., Any], kind: str, l0: float | None) -> None:
 
 def prefix(lm: Any, tokens: torch.Tensor) -> None:
     """A local step's floor: the model's first blocks; the SAE counts as free."""
-    lm.original(tokens, at=POSITION, suffix=False)
+    lm.original(tokens, at=POSITION, suffix=False, fast=True)

@@ -41,7 +41,7 @@ def train(lm: LM, tokens: Tensor, position: str, downstream: list[str], steps: i
     for step in range(steps):
         batch = tokens[torch.randint(len(tokens), (8,))]
 
-        original = lm.original(batch, at=position, downstream=downstream)  # 1: the model as it is
+        original = lm.original(batch, at=position, downstream=downstream, fast=True)  # 1: the model as it is
         x_hat, code = sae(original[position])
         spliced = original.splice(x_hat)  # 2: the model with the reconstruction
         kl = spliced.kl()  # 3: how far its output moved

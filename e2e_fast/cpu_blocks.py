@@ -4,20 +4,25 @@
     GELU           kernels.gelu: transformers composes GPT-2's of seven operations, and torch is slow at it
     linear layers  oneDNN's product, which on AMD processors is faster than MKL's; no gradient of a weight is prepared
 
-The numbers are the model's to float32 rounding. On a GPU, in other dtypes and under autocast each part does what the
-model's own did; inside torch.compile products and GELU are left to the compiler. `speed_up` changes modules in place:
-it is for the tree of modules that an LM has for itself, never for a user's model.
+The numbers are the model's to float32 rounding, so these parts work only in passes that ask for it (`Mode.fast`): else,
+on a GPU, in other dtypes and under autocast each part does what the model's own did; inside torch.compile products and
+GELU are left to the compiler. `speed_up` changes modules in place: it is for the tree of modules that an LM has for
+itself, never for a user's model.
 
 >>> import torch
 >>> block = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 4)).requires_grad_(False)
 >>> x, y = torch.ones(4), block(torch.ones(4))
->>> speed_up([block])
->>> torch.allclose(block(x), y)
+>>> mode = speed_up([block])
+>>> torch.equal(block(x), y)
+True
+>>> with mode.set(fast=True):
+...     torch.allclose(block(x), y)
 True
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,32 +48,48 @@ CHANGES = ("position_bias", "cache", "softcap", "head_mask", "s_aux")
 """Arguments of attention functions that change what is computed."""
 
 
-def speed_up(blocks: Iterable[nn.Module]) -> None:
-    """Puts fast parts in the place of a frozen model's own, in place; unknown ones stay as they are."""
-    configs: dict[int, Any] = {}
+class Mode:
+    """Whether the parts of one model's blocks are fast at present."""
+
+    fast: bool = False
+
+    @contextmanager
+    def set(self, fast: bool) -> Iterator[None]:
+        """``fast`` while the context lasts."""
+        before, self.fast = self.fast, fast
+        try:
+            yield
+        finally:
+            self.fast = before
+
+
+def speed_up(blocks: Iterable[nn.Module]) -> Mode:
+    """Puts parts that can be fast in the place of a frozen model's own, in place; unknown ones stay as they are."""
+    mode, configs = Mode(), dict[int, Any]()
     for block in blocks:
         for module in list(block.modules()):
             for name, child in module.named_children():
-                if (part := _part(child)) is not None:
+                if (part := _part(child, mode)) is not None:
                     setattr(module, name, part)
             config = vars(module).get("config")
             if config is not None and getattr(config, "_attn_implementation", None) == "sdpa":
                 if id(config) not in configs:
                     configs[id(config)] = _with_our_attention(config)
-                module.config = configs[id(config)]
+                module.config, module.e2e_fast_mode = configs[id(config)], mode
+    return mode
 
 
-def _part(module: Any) -> nn.Module | None:
+def _part(module: Any, mode: Mode) -> nn.Module | None:
     """What stands for a module, if anything does."""
     kind = type(module)
     if kind is nn.Linear:
-        return Linear(module.weight, module.bias, transposed=False)
+        return Linear(module.weight, module.bias, False, mode)
     if kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."):
-        return Linear(module.weight, module.bias, transposed=True)
+        return Linear(module.weight, module.bias, True, mode)
     if kind is nn.GELU:
-        return GELU(module.approximate)
+        return GELU(module.approximate, mode)
     if kind.__name__ in GELUS and kind.__module__.startswith("transformers."):
-        return GELU(GELUS[kind.__name__])
+        return GELU(GELUS[kind.__name__], mode)
     return None
 
 
@@ -76,9 +97,9 @@ def _is_float32_on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
 
-def _applies(x: Tensor) -> bool:
+def _applies(mode: Mode, x: Tensor) -> bool:
     """Where products and activations are ours: torch.compile fuses them with what is around them."""
-    return _is_float32_on_cpu(x) and not torch.compiler.is_compiling()
+    return mode.fast and _is_float32_on_cpu(x) and not torch.compiler.is_compiling()
 
 
 class Linear(nn.Module):
@@ -87,13 +108,13 @@ class Linear(nn.Module):
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, transposed: bool) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, transposed: bool, mode: Mode) -> None:
         super().__init__()
-        self.weight, self.bias, self.transposed = weight, bias, transposed
+        self.weight, self.bias, self.transposed, self.mode = weight, bias, transposed, mode
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, D) → (…, F)."""
-        if _applies(x) and not self.weight.requires_grad:
+        if _applies(self.mode, x) and not self.weight.requires_grad:
             return frozen_linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
         if self.transposed and self.bias is not None:  # as Conv1D does
             return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
@@ -101,10 +122,14 @@ class Linear(nn.Module):
 
 
 class GELU(nn.GELU):
-    """torch's module, computed by `kernels.gelu` where that is faster."""
+    """torch's module (transformers spells the tanh form out in seven operations), in fast passes `kernels.gelu`."""
+
+    def __init__(self, approximate: str, mode: Mode) -> None:
+        super().__init__(approximate)
+        self.mode = mode
 
     def forward(self, input: Tensor) -> Tensor:
-        if _applies(input):
+        if _applies(self.mode, input):
             return kernels.gelu(input, self.approximate)
         return super().forward(input)
 
@@ -139,8 +164,9 @@ def _attend(
 
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     plain = attention_mask is None and dropout == 0 and causal and all(options.get(name) is None for name in CHANGES)
+    mode: Mode | None = getattr(module, "e2e_fast_mode", None)
     fits = query.shape[2:] == key.shape[2:] and key.shape == value.shape and _is_float32_on_cpu(query)
-    if plain and fits:
+    if mode is not None and mode.fast and plain and fits:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return kernels.attention(query, key, value, scale=scale), None
     sdpa: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]

@@ -171,7 +171,7 @@ class LM:
             if parts.softcap is None:
                 weight, bias = centre_unembedding(weight, bias)
         self.unembed = Unembedding(weight, bias, parts.softcap)
-        speed_up(blocks)
+        self._mode = speed_up(blocks)
 
         # The front keeps the embedding and all that the model computes before its blocks; there, blocks take notes.
         self._notes = _Notes()
@@ -280,12 +280,16 @@ class LM:
         downstream: str | Iterable[str] = (),
         suffix: bool = True,
         timings: Timings | None = None,
+        *,
+        fast: bool = False,
     ) -> "Original":
         """The unchanged model on tokens [B, T], once and without a graph.
 
         at: position or positions that a splice will replace; downstream: positions to compare. Both can be read from
         the result. ``suffix=False`` stops after the last of them, for training that needs no output of the model.
         ``timings`` receives the seconds of the prefix, up to the first replaced position, and of the teacher after it.
+        ``fast`` lets this pass and its splices use our own attention, GELU and products on a CPU in float32
+        (`e2e_fast.cpu_blocks`), as training does: 1.3 to 2 times as fast, and the model's numbers to rounding only.
 
         Ids are compared with the vocabulary on the CPU only: a CUDA tensor would have to be waited for, so check it
         once with :meth:`check_tokens`.
@@ -307,13 +311,13 @@ class LM:
         cut = min([stop, *map(_blocks_needed, at)]) if suffix else stop
 
         timings, visit = timings or Timings(enabled=False), _Visit(wanted)
-        with timings.phase("prefix"):
+        with timings.phase("prefix"), self._mode.set(fast):
             x, calls = self._embed(tokens.to(self.device, non_blocking=True))
             x = self._advance(visit("blocks.0.hook_resid_pre", x), calls, 0, cut, visit)
-        with timings.phase("teacher") if suffix else contextlib.nullcontext():
+        with timings.phase("teacher") if suffix else contextlib.nullcontext(), self._mode.set(fast):
             x = self._advance(x, calls, cut, stop, visit)
             final = self._norm(x) if suffix else None
-        return Original(self, tokens, at, named, visit.seen, calls, final)
+        return Original(self, tokens, at, named, visit.seen, calls, final, fast)
 
     def _embed(self, tokens: Tensor) -> tuple[Tensor, list["_Call"]]:
         """The stream before block 0, [B, T, D], and the arguments that each block is called with."""
@@ -451,6 +455,8 @@ class Original(Mapping[str, Tensor]):
     """[B, T], as given."""
     at: list[str]
     """Positions that a splice may replace."""
+    fast: bool
+    """As it was asked for; its splices follow."""
 
     def __init__(
         self,
@@ -461,8 +467,9 @@ class Original(Mapping[str, Tensor]):
         seen: dict[str, Tensor],
         calls: list["_Call"],
         final: Tensor | None,
+        fast: bool,
     ) -> None:
-        self.lm, self.tokens, self.at = lm, tokens, at
+        self.lm, self.tokens, self.at, self.fast = lm, tokens, at, fast
         self._named, self._seen, self._calls, self._final = named, seen, calls, final
 
     def __getitem__(self, position: str) -> Tensor:
@@ -494,7 +501,7 @@ class Original(Mapping[str, Tensor]):
         if missing := wanted - set(self._named):
             raise KeyError(f"{min(missing)!r} was not asked for: there are {self._named}")
         named = [position for position in self._named if position in wanted]
-        return Original(self.lm, self.tokens, at, named, self._seen, self._calls, self._final)
+        return Original(self.lm, self.tokens, at, named, self._seen, self._calls, self._final, self.fast)
 
     def splice(self, x_hat: Replacement | Mapping[str, Replacement]) -> "Spliced":
         """The model from the first spliced position on, with a graph.
@@ -527,9 +534,10 @@ class Spliced:
         first = min(replace, key=lm._order.__getitem__)
         affected = {p for p in original if lm._order[p] >= lm._order[first]}
         self._visit = _Visit(affected, replace)
-        x, layer = self._enter(first)
-        self._next = max(layer, *map(_blocks_needed, affected))
-        self._stream = lm._advance(x, original._calls, layer, self._next, self._visit)
+        with lm._mode.set(original.fast):
+            x, layer = self._enter(first)
+            self._next = max(layer, *map(_blocks_needed, affected))
+            self._stream = lm._advance(x, original._calls, layer, self._next, self._visit)
 
     def _enter(self, first: str) -> tuple[Tensor, int]:
         """To the end of the block with the first replacement: the stream there and the index of the next block."""
@@ -557,7 +565,9 @@ class Spliced:
     def final(self) -> Tensor:
         """[B, T, D]: the hidden state after the final norm."""
         lm = self._lm
-        return lm._norm(lm._advance(self._stream, self._original._calls, self._next, lm.n_layers, self._visit))
+        with lm._mode.set(self._original.fast):
+            x = lm._advance(self._stream, self._original._calls, self._next, lm.n_layers, self._visit)
+        return lm._norm(x)
 
     def drop_graph(self) -> None:
         """Keeps the numbers and forgets how they were made: for what is read after the backward pass."""

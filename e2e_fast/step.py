@@ -102,7 +102,7 @@ class Steps:
         at = list(dict.fromkeys(position for saes, _ in wanted for position in saes))
         downstream = list(dict.fromkeys(position for _, loss in wanted for position in loss.downstream))
         suffix = not all(loss.is_local for _, loss in wanted)
-        return lm.original(tokens, at=at, downstream=downstream, suffix=suffix, timings=timings)
+        return lm.original(tokens, at=at, downstream=downstream, suffix=suffix, timings=timings, fast=True)
 
     def _step(self, work: Work) -> StepResult:
         lm, saes, loss, tokens, _, timings, original, kl_rows = work

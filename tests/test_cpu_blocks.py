@@ -10,33 +10,28 @@ import torch.nn.functional as nnf
 from lm_models import FAMILIES, random_model, random_tokens
 from torch import Tensor, nn
 
-from e2e_fast import cpu_blocks, kernels, load_lm
+from e2e_fast import SAE, cpu_blocks, kernels, load_lm, losses
+from e2e_fast.step import training_step
 
 REAL = ["babyllama-char", "stories260K", "tiny-gpt2"]
 POSITION = "blocks.1.hook_resid_pre"
 
 
-def log_probabilities_and_gradient(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def log_probabilities_and_gradient(model: Any, tokens: Tensor, fast: bool) -> tuple[Tensor, Tensor]:
     """Of the spliced run on the stream at block 1, by the LM's parts."""
     lm = load_lm(model, processing="none")
-    original = lm.original(tokens, at=POSITION)
+    original = lm.original(tokens, at=POSITION, fast=fast)
     x = original[POSITION].clone().requires_grad_()
     logits = original.splice(x).logits()
     return nnf.log_softmax(original.logits(), -1), torch.autograd.grad(logits.tanh().sum(), x)[0]
 
 
-def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves all modules as they are."""
-    monkeypatch.setattr("e2e_fast.lm.speed_up", lambda blocks: None)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_log_probabilities_and_gradients_are_the_models(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_probabilities_and_gradients_are_the_models(family: str) -> None:
     model, tokens = random_model(family), random_tokens(3, 23)
-    ours = log_probabilities_and_gradient(model, tokens)
+    ours = log_probabilities_and_gradient(model, tokens, fast=True)
     whole = nnf.log_softmax(model(tokens).logits.detach(), -1)
-    plain(monkeypatch)
-    _, gradient = log_probabilities_and_gradient(model, tokens)
+    _, gradient = log_probabilities_and_gradient(model, tokens, fast=False)
     torch.testing.assert_close(ours[0], whole, rtol=0, atol=1e-5)
     torch.testing.assert_close(ours[1], gradient, rtol=0, atol=1e-5 * float(gradient.abs().max()))
 
@@ -48,7 +43,7 @@ def test_trained_models_keep_their_log_probabilities(name: str, shared: Path) ->
 
     model = transformers.AutoModelForCausalLM.from_pretrained(shared / "models" / name).float().eval()
     tokens = torch.randint(model.config.vocab_size, (2, 77), generator=torch.Generator().manual_seed(0))
-    ours = nnf.log_softmax(load_lm(model, processing="none").original(tokens).logits(), -1)
+    ours = nnf.log_softmax(load_lm(model, processing="none").original(tokens, fast=True).logits(), -1)
     theirs = nnf.log_softmax(model(tokens).logits.detach(), -1)
     exact = nnf.log_softmax(model.double()(tokens).logits.detach(), -1)
     assert (ours - exact).abs().max() <= 1.5 * (theirs - exact).abs().max() + 1e-6
@@ -83,16 +78,40 @@ def test_these_parts_of_a_block_are_ours(
 ) -> None:
     lm = load_lm(random_model(family))
     counts = calls(monkeypatch)
-    lm.original(random_tokens())
+    lm.original(random_tokens(), fast=True)
     assert tuple(counts.values()) == tuple(lm.n_layers * n for n in a_block)
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama", "gemma", "qwen3"])
+def test_a_pass_that_does_not_ask_for_speed_runs_as_the_model_does(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokens = random_model(family), random_tokens(3, 23)
+    lm = load_lm(model, processing="none")
+    lm.original(tokens, fast=True)
+    counts = calls(monkeypatch)
+    original = lm.original(tokens, at=POSITION)
+    logits = original.splice(original[POSITION]).logits()
+    assert not any(counts.values())
+    assert torch.equal(logits, model(tokens).logits)
+
+
+def test_splices_and_training_steps_are_as_fast_as_their_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = load_lm(random_model("llama"))
+    counts = calls(monkeypatch)
+    original = lm.original(random_tokens(), at=POSITION, fast=True)
+    original.restrict([POSITION]).splice(original[POSITION]).run_to_end()
+    assert counts["attention"] == 2 * lm.n_layers - 1
+    training_step(lm, {POSITION: SAE(lm.d_model, 8)}, losses.e2e(1.0), random_tokens())
+    assert counts["attention"] == 2 * (2 * lm.n_layers - 1)
 
 
 def test_a_sliding_window_that_the_batch_exceeds_keeps_the_models_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = load_lm(random_model("mistral"))  # a window of 8
     counts = calls(monkeypatch)
-    lm.original(random_tokens(2, 7))
+    lm.original(random_tokens(2, 7), fast=True)
     assert counts["attention"] == lm.n_layers
-    lm.original(random_tokens(2, 13))
+    lm.original(random_tokens(2, 13), fast=True)
     assert counts["attention"] == lm.n_layers
 
 
@@ -101,7 +120,7 @@ def test_other_types_run_as_the_model_does(dtype: torch.dtype, monkeypatch: pyte
     model, tokens = random_model("llama").to(dtype), random_tokens()
     lm = load_lm(model, processing="none")
     counts = calls(monkeypatch)
-    ours = lm.original(tokens).final
+    ours = lm.original(tokens, fast=True).final
     assert not any(counts.values())
     assert torch.equal(ours, model.model(tokens).last_hidden_state)
 
@@ -110,9 +129,8 @@ def test_autocast_runs_as_the_model_does(monkeypatch: pytest.MonkeyPatch) -> Non
     lm = load_lm(random_model("llama"))
     counts = calls(monkeypatch)
     with torch.autocast("cpu", torch.bfloat16):
-        assert (
-            lm.original(random_tokens(), at="blocks.0.hook_attn_out")["blocks.0.hook_attn_out"].dtype == torch.bfloat16
-        )
+        original = lm.original(random_tokens(), at="blocks.0.hook_attn_out", fast=True)
+    assert original["blocks.0.hook_attn_out"].dtype == torch.bfloat16
     assert not any(counts.values())
 
 
@@ -122,7 +140,7 @@ def test_the_users_model_is_not_changed(family: str, monkeypatch: pytest.MonkeyP
     kinds = [(name, type(module)) for name, module in model.named_modules()]
     implementation, before = model.config._attn_implementation, model(tokens).logits
     lm = load_lm(model, processing="none")
-    lm.original(tokens)
+    lm.original(tokens, fast=True)
     assert [(name, type(module)) for name, module in model.named_modules()] == kinds
     assert {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")} == {implementation}
     counts = calls(monkeypatch)
@@ -135,12 +153,16 @@ def test_weights_stay_shared_with_the_users_model() -> None:
     lm = load_lm(model, processing="none")
     with torch.no_grad():
         model.transformer.h[1].mlp.c_fc.weight.mul_(2)
-    torch.testing.assert_close(lm.original(tokens).final, model.transformer(tokens).last_hidden_state.detach())
+    torch.testing.assert_close(
+        lm.original(tokens, fast=True).final, model.transformer(tokens).last_hidden_state.detach()
+    )
 
 
 def test_attention_with_a_mask_or_dropout_is_sdpas() -> None:
     q, k, v = (torch.randn(2, 4, 9, 8) for _ in range(3))
     module, seen = nn.Module(), torch.rand(2, 1, 9, 9) < 0.7
+    module.e2e_fast_mode = mode = cpu_blocks.Mode()
+    mode.fast = True
     seen |= torch.eye(9, dtype=torch.bool)
     out, _ = cpu_blocks._attend(module, q, k, v, seen, scaling=0.5)
     expected = nnf.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=0.5)
