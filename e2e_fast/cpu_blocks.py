@@ -35,6 +35,9 @@ from e2e_fast.kernels._gemm import frozen_linear
 ATTENTION = "e2e_fast"
 """Our entry in transformers' table of attention functions."""
 
+MODE = "e2e_fast_mode"
+"""Attribute of an attention module that holds its model's `Mode`."""
+
 GELUS = {
     "NewGELUActivation": "tanh",
     "FastGELUActivation": "tanh",
@@ -75,7 +78,8 @@ def speed_up(blocks: Iterable[nn.Module]) -> Mode:
             if config is not None and getattr(config, "_attn_implementation", None) == "sdpa":
                 if id(config) not in configs:
                     configs[id(config)] = _with_our_attention(config)
-                module.config, module.e2e_fast_mode = configs[id(config)], mode
+                module.config = configs[id(config)]
+                vars(module)[MODE] = mode
     return mode
 
 
@@ -164,7 +168,7 @@ def _attend(
 
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     plain = attention_mask is None and dropout == 0 and causal and all(options.get(name) is None for name in CHANGES)
-    mode: Mode | None = getattr(module, "e2e_fast_mode", None)
+    mode: Mode | None = vars(module).get(MODE)
     fits = query.shape[2:] == key.shape[2:] and key.shape == value.shape and _is_float32_on_cpu(query)
     if mode is not None and mode.fast and plain and fits:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
