@@ -15,6 +15,7 @@ from e2e_fast.kernels.triton.encode import (
     kth_key,
     round_rows,
 )
+from e2e_fast.kernels.triton.groups import Scores
 
 Problem = tuple[Any, Any, Any]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -262,7 +263,7 @@ def test_kth_key_spells_the_kth_largest_of_the_matrix(generator, dtype):
     bias = torch.randn(50, generator=generator, dtype=dtype)
     expected = (z + bias).flatten().sort(descending=True).values
     for k in (1, 2, 37, 90):
-        key = kth_key(z.to(DEVICE), bias.to(DEVICE), k)
+        key = kth_key(Scores(z.to(DEVICE), 50, bias.to(DEVICE)), k)
         assert (
             key.to(torch.int64 if dtype == torch.float64 else torch.int32).view(dtype).item() == expected[k - 1].item()
         )
