@@ -166,7 +166,7 @@ def topk_operator(N: int, D: int, F: int, k: int, target_ms: float | None) -> Op
     }
     flops, moved = 2 * N * D * F, 2 * (F * D + N * D) + 6 * N * k
     shape = f"N {N}, d {D}, F {F}, k {k}"
-    kernels = ["topk_scan", "topk_rank", "topk_gemm"]
+    kernels = ["topk_scan", "topk_rank", "filter_gemm"]
     return Operator("encode_topk", shape, providers, error, 0.2, flops, moved, target_ms, kernels)
 
 
@@ -184,7 +184,10 @@ def screened_operator(N: int, D: int, F: int, k: int) -> Operator:
         dense = torch.zeros(len(rows), F, dtype=torch.float64, device=DEVICE)
         return relative_error(dense.scatter_add(1, result[1][rows].long(), result[0][rows].double()), expected)
 
-    providers = {"ours": lambda: encode_topk_screened(x, weight, None, k), "torch eager": eager}
+    def ours() -> tuple[Tensor, ...]:
+        return encode_topk_screened(x, weight, None, k)
+
+    providers = {"ours": ours, "ours, filter_gemm": choosing("encode_topk", "filter_gemm", ours), "torch eager": eager}
     flops, moved = 2 * N * D * F, 4 * (F * D + N * D) + 8 * N * k + 4 * N * k * D
     shape = f"float32, N {N}, d {D}, F {F}, k {k}"
     kernels = ["topk_scan", "rescore"]
@@ -206,8 +209,12 @@ def relu_operator(N: int, D: int, F: int, capacity: int) -> Operator:
             return relative_error(result[rows], expected)
         return relative_error(SparseCode(*(part[rows] for part in result)).to_dense(F), expected)
 
+    def ours() -> tuple[Tensor, ...]:
+        return encode_relu(x, weight, bias, capacity)
+
     providers = {
-        "ours": lambda: encode_relu(x, weight, bias, capacity),
+        "ours": ours,
+        "ours, filter_gemm": choosing("encode_filter", "filter_gemm", ours),
         "torch eager, dense": eager,
         "torch.compile, dense": compiled(eager),
     }
@@ -231,8 +238,12 @@ def batch_topk_operator(N: int, D: int, F: int, k: int) -> Operator:
         dense = result if isinstance(result, Tensor) else SparseCode(*result[0]).to_dense(F)
         return relative_error(dense[: len(expected)], expected)
 
+    def ours() -> Any:
+        return encode_batch_topk(x, weight, bias, k, 4 * k)
+
     providers: dict[str, Callable[[], Any]] = {
-        "ours": lambda: encode_batch_topk(x, weight, bias, k, 4 * k),
+        "ours": ours,
+        "ours, filter_gemm": choosing("encode_batch_topk", "filter_gemm", ours),
         "torch eager, float32 scores": eager,
     }
     flops, moved = 2 * N * D * F, 2 * (F * D + N * D) + 6 * N * k
@@ -258,8 +269,12 @@ def jump_relu_operator(N: int, D: int, F: int, capacity: int) -> Operator:
             return relative_error(result[0][rows], expected)
         return relative_error(SparseCode(*(part[rows] for part in result[:3])).to_dense(F), expected)
 
+    def ours() -> tuple[Tensor, ...]:
+        return encode_jump_relu(x, weight, bias, threshold, 1e-3, capacity)
+
     providers: dict[str, Callable[[], Any]] = {
-        "ours": lambda: encode_jump_relu(x, weight, bias, threshold, 1e-3, capacity),
+        "ours": ours,
+        "ours, filter_gemm": choosing("encode_filter", "filter_gemm", ours),
         "torch eager, dense": eager,
         "torch.compile, dense": compiled(eager),
     }
@@ -470,10 +485,10 @@ def operators(tiny: bool) -> Iterator[Callable[[], Operator | Iterator[Operator]
     if tiny:
         yield lambda: kl_operator(4, 16, 70, None)
         yield lambda: topk_operator(3, 16, 96, 4, None)
-        yield lambda: screened_operator(3, 8, 96, 1)
-        yield lambda: relu_operator(3, 8, 96, 12)
-        yield lambda: batch_topk_operator(4, 8, 96, 3)
-        yield lambda: jump_relu_operator(3, 8, 96, 24)
+        yield lambda: screened_operator(3, 16, 96, 1)
+        yield lambda: relu_operator(3, 16, 96, 32)
+        yield lambda: batch_topk_operator(4, 16, 96, 3)
+        yield lambda: jump_relu_operator(3, 16, 96, 24)
         yield lambda: backward_operator(6, 8, 20, 3, None)
         yield lambda: backward_operator(12, 8, 20, 2, None, always=True)
         yield lambda: adam_operator(4, 16, None)
@@ -540,7 +555,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 # --- Other block sizes ------------------------------------------------------------------------------------------------
 
-SWEPT = {"kl_dual": "ours, dual", "kl_combine": "ours, dual_combine", "topk_gemm": "ours, filter_gemm"}
+SWEPT = {"kl_dual": "ours, dual", "kl_combine": "ours, dual_combine", "filter_gemm": "ours, filter_gemm"}
 """The provider whose time tells of a kernel, where it is not ``ours``."""
 
 SWEEP: dict[str, list[dict[str, int]]] = {
@@ -552,10 +567,11 @@ SWEEP: dict[str, list[dict[str, int]]] = {
     "kl_combine": [
         {"BLOCK_R": r, "BLOCK_D": d, "BLOCK_V": v, "SPLITS": p, "num_warps": w, "num_stages": s}
         for r, d, v, p, w, s in (
+            (64, 256, 64, 4, 8, 2),
+            (64, 256, 32, 4, 8, 4),
+            (128, 128, 32, 4, 8, 4),
             (128, 256, 64, 4, 8, 3),
-            (128, 256, 64, 2, 8, 3),
-            (128, 256, 64, 4, 8, 2),
-            (128, 256, 32, 4, 8, 4),
+            (128, 256, 32, 4, 16, 4),
         )
     ],
     "kl_rows": [{"BLOCK": b, "num_warps": w} for b, w in ((2048, 4), (4096, 8), (8192, 8), (8192, 16), (16384, 16))],
@@ -566,9 +582,15 @@ SWEEP: dict[str, list[dict[str, int]]] = {
     "code_backward": [{"BLOCK_T": t, "num_warps": w} for t, w in ((1, 4), (2, 2), (2, 4), (4, 8), (8, 8))]
     + [{"SEGMENT": n} for n in (64, 256, 1024, 1 << 20)],
     "topk_scan": [{"BLOCK": b, "num_warps": w} for b, w in ((1024, 4), (2048, 8), (2048, 16), (4096, 16))],
-    "topk_gemm": [
-        {"BLOCK_R": 128, "BLOCK_F": f, "BLOCK_D": 64, "GROUP": g, "num_warps": w, "num_stages": s}
-        for f, g, w, s in ((128, 32, 8, 3), (128, 16, 8, 3), (128, 32, 4, 3), (256, 32, 8, 3))
+    "filter_gemm": [
+        {"BLOCK_R": r, "BLOCK_F": f, "BLOCK_D": 64, "GROUP": g, "PROGRAMS": p, "num_warps": 8, "num_stages": s}
+        for r, f, g, p, s in (
+            (128, 64, 8, 264, 4),
+            (128, 64, 16, 264, 4),
+            (128, 64, 8, 132, 6),
+            (128, 128, 32, 264, 3),
+            (128, 128, 8, 132, 3),  # spills
+        )
     ],
     "topk_rank": [{"BLOCK": b, "num_warps": w} for b, w in ((8, 2), (16, 2), (16, 4), (32, 4))],
     "rescore": [

@@ -66,12 +66,13 @@ BLOCKS: dict[str, dict[tuple[str, str, str], dict[str, int]]] = {
             "enable_fp_fusion": False,
         },
         ("sm_90", "any", "any"): {
-            "BLOCK_R": 128,
+            # Two programs a multiprocessor, at 128 registers: one forms its operand while the other multiplies.
+            "BLOCK_R": 64,
             "BLOCK_D": 256,
             "BLOCK_V": 64,
             "SPLITS": 4,
             "num_warps": 8,
-            "num_stages": 3,
+            "num_stages": 2,
             "enable_fp_fusion": False,
         },
         ("interpreter", "any", "any"): {"BLOCK_R": 16, "BLOCK_D": 32, "BLOCK_V": 16, "SPLITS": 2},
@@ -101,26 +102,29 @@ BLOCKS: dict[str, dict[tuple[str, str, str], dict[str, int]]] = {
         ("sm_90", "any", "any"): {"BLOCK": 2048, "num_warps": 8},
         ("interpreter", "any", "any"): {"BLOCK": 32},
     },
-    "topk_gemm": {
+    "filter_gemm": {
+        # 128 features a tile would multiply faster, but the epilogue's slots then do not fit in registers.
         ("sm_80", "any", "any"): {
             "BLOCK_R": 128,
-            "BLOCK_F": 128,
+            "BLOCK_F": 64,
             "BLOCK_D": 32,
-            "GROUP": 32,
+            "GROUP": 8,
+            "PROGRAMS": 216,
             "num_warps": 8,
-            "num_stages": 3,
+            "num_stages": 4,
         },
         ("sm_90", "any", "any"): {
             "BLOCK_R": 128,
-            "BLOCK_F": 128,
+            "BLOCK_F": 64,
             "BLOCK_D": 64,
-            "GROUP": 32,
+            "GROUP": 8,
+            "PROGRAMS": 264,
             "num_warps": 8,
-            "num_stages": 3,
+            "num_stages": 4,
         },
-        ("interpreter", "any", "any"): {"BLOCK_R": 16, "BLOCK_F": 16, "BLOCK_D": 32, "GROUP": 4},
+        ("interpreter", "any", "any"): {"BLOCK_R": 16, "BLOCK_F": 16, "BLOCK_D": 32, "GROUP": 4, "PROGRAMS": 3},
     },
-    "topk_bound": {
+    "row_bound": {
         ("sm_80", "any", "any"): {"BLOCK": 1024, "num_warps": 4},
         ("sm_90", "any", "any"): {"BLOCK": 1024, "num_warps": 4},
         ("interpreter", "any", "any"): {"BLOCK": 8},
@@ -165,9 +169,10 @@ VARIANTS: dict[str, dict[tuple[str, str, str], str]] = {
     "linear_kl": {  # logits; dual, dual_combine: 16-bit products, narrow, no cap (see linear_kl_dual.py)
         ("any", "any", "any"): "logits",
     },
-    "encode_topk": {  # scan; filter_gemm: 16-bit products (see encode_gemm.py)
-        ("any", "any", "any"): "scan",
-    },
+    # cublas; filter_gemm: 16-bit products (see filter_gemm.py), for TopK also those of screening
+    "encode_topk": {("any", "any", "any"): "cublas"},
+    "encode_batch_topk": {("any", "any", "any"): "cublas"},
+    "encode_filter": {("any", "any", "any"): "cublas"},  # ReLU, JumpReLU
 }
 """Which of several ways an operator takes, by the keys of `BLOCKS`. Chosen is what a GPU has shown to be fastest."""
 

@@ -12,8 +12,8 @@ would not hold its survivors (many ties, or winners that share lanes) is settled
 bit over the row, then the keys above it and the first of those equal to it. No atomics, no host round trip, and the
 same bits on every run.
 
-**Promising groups.** Where it is faster, the scores of 16-bit inputs come from a product of our own, which writes only
-groups of features that may hold a winner, and their maxima (`encode_gemm.py`); the selection then starts from these.
+**Lists.** Where it is faster, scores come from a product of our own, which writes only groups of features of which one
+may be kept (`filter_gemm.py`); selection and filter then go over these lists as they go over whole rows (`groups.py`).
 
 **Screening.** float32 products are some twelve times slower than bfloat16 ones, so float32 inputs are scored in
 bfloat16 first. With x̃, w̃ the rounded vectors, Cauchy and Schwarz bound what that can hide:
@@ -30,10 +30,13 @@ their true count.
 A NaN score counts as the greatest and is kept, so that NaN propagates; -inf is a score like any other, never kept.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as nnf
 
 from e2e_fast.kernels.triton._launch import (
     accumulator,
@@ -48,7 +51,16 @@ from e2e_fast.kernels.triton._launch import (
     tl_accumulator,
     variant,
 )
-from e2e_fast.kernels.triton.encode_gemm import kth_largest_key, promising_scores, score_key, serves
+from e2e_fast.kernels.triton.filter_gemm import CHUNK_BYTES as LIST_BYTES
+from e2e_fast.kernels.triton.filter_gemm import MARGIN_BITS, filtered_scores, row_bounds, sampled_maxima, serves
+from e2e_fast.kernels.triton.groups import (
+    Scores,
+    kth_largest_key,
+    listed_length,
+    read_scores,
+    score_key,
+    screening_radius,
+)
 
 CHUNK_BYTES = 1 << 28
 """Scores of one chunk of rows."""
@@ -73,16 +85,15 @@ def encode_topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> Code:
     if promoted(x, weight) == torch.float32 and SCREENED_SHARE * k <= weight.shape[0] and k <= MOST_SELECTED // 2:
         return encode_topk_screened(x.float(), weight.float(), bias, k)
     values, indices, count = _empty_code(x, weight, k)
-    way = variant("encode_topk", x, x.shape[1])
-    if way == "filter_gemm" and serves(promoted(x, weight), x.shape[1]) and k <= MOST_SELECTED:
+    if k <= MOST_SELECTED and _filters("encode_topk", x, weight):
         x, weight = x.contiguous(), weight.contiguous()
-        for start, stop in row_chunks(x.shape[0], 4 * weight.shape[0], CHUNK_BYTES):
-            rows = slice(start, stop)
-            z, *groups = promising_scores(x[rows], weight, bias, k)
-            _select(z, None, k, values[rows], indices[rows], count[rows], *groups)
+        for rows in _list_chunks(x, weight):
+            bounds = row_bounds(sampled_maxima(x[rows], weight, bias), k)
+            scores = filtered_scores(x[rows], weight, bias, bounds=bounds)
+            _select(scores, k, values[rows], indices[rows], count[rows])
         return values, indices, count
-    for rows, z in _score_chunks(x, weight):
-        _select(z, bias, k, values[rows], indices[rows], count[rows])
+    for rows, scores in _score_chunks(x, weight, bias):
+        _select(scores, k, values[rows], indices[rows], count[rows])
     return values, indices, count
 
 
@@ -97,25 +108,31 @@ def encode_topk_screened(x: Tensor, weight: Tensor, bias: Tensor | None, k: int)
     rounded, norms, errors = round_rows(weight)
     # Sums of D products round by at most D · 2⁻²³ of ‖x‖ ‖w‖, in the screen and again in the rescoring.
     errors_x += 2 * D * 2.0**-23 * norms_x
-    for start, stop in row_chunks(N, 4 * F, CHUNK_BYTES):
-        C = stop - start
-        z = mm_accumulated(rounded_x[start:stop], rounded.t())
-        keys, columns = (z.new_empty(C, capacity, dtype=torch.int32) for _ in range(2))
-        found = z.new_empty(C, dtype=torch.int32)
-        spreads = (errors_x[start:stop], norms_x[start:stop], norms, errors)
+    filters = variant("encode_topk", x, D) == "filter_gemm" and serves(rounded.dtype, D)
+    for start, stop in row_chunks(N, 4 * F, LIST_BYTES if filters else CHUNK_BYTES):
+        C, rows = stop - start, slice(start, stop)
+        spreads = (errors_x[rows], norms_x[rows], norms, errors)
+        if filters:
+            bounds = row_bounds(sampled_maxima(rounded_x[rows], rounded, bias, spreads), k)
+            scores = filtered_scores(rounded_x[rows], rounded, bias, bounds=bounds, spreads=spreads)
+        else:
+            scores = Scores(mm_accumulated(rounded_x[rows], rounded.t()), F, bias)
+        keys, columns = (x.new_empty(C, capacity, dtype=torch.int32) for _ in range(2))
+        found = x.new_empty(C, dtype=torch.int32)
+        options = {"GROUP": scores.group, "CAPACITY": capacity}
         for again in (False, True):  # the second scan settles the rows that were scored whole
             launch(
-                topk_scan_kernel, (C,), z,
-                z, bias, *((None,) * 4 if again else spreads), None, keys, columns, found, F, 0, k,
-                GROUP=1, BITS=31, ONLY_OVERFLOWED=again, CAPACITY=capacity, **blocks("topk_scan", z),
+                topk_scan_kernel, (C,), x,
+                *scores.arguments, *((None,) * 4 if again else spreads), keys, columns, found, k,
+                BITS=31, ONLY_OVERFLOWED=again, **options, **blocks("topk_scan", x),
             )  # fmt: skip
             if not again:
                 launch(
-                    rescore_kernel, (C,), z,
-                    x[start:stop], weight, bias, keys, columns, found, z, F, D,
-                    CAPACITY=capacity, **blocks("rescore", z),
+                    rescore_kernel, (C,), x,
+                    x[rows], weight, bias, *scores.arguments, keys, columns, found, D,
+                    **options, **blocks("rescore", x),
                 )  # fmt: skip
-        _rank(keys, columns, found, k, torch.float32, values[start:stop], indices[start:stop], count[start:stop])
+        _rank(keys, columns, found, k, torch.float32, values[rows], indices[rows], count[rows])
     return values, indices, count
 
 
@@ -138,12 +155,12 @@ def encode_relu(x: Tensor, weight: Tensor, bias: Tensor | None, capacity: int) -
 
     ``capacity = -1`` makes room for the fullest row, which waits for the GPU.
     """
-    return _encode_filtered(x, weight, bias, None, capacity)
+    return filtered_code(x, weight, bias, None, capacity)
 
 
 def encode_jump_relu(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor, capacity: int) -> Code:
     """The entries of ``x @ weight.T + bias`` that exceed their feature's threshold (F,), and 0; as `encode_relu`."""
-    return _encode_filtered(x, weight, bias, threshold, capacity)
+    return filtered_code(x, weight, bias, threshold, capacity)
 
 
 def encode_batch_topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, capacity: int) -> tuple[Code, Tensor]:
@@ -152,29 +169,46 @@ def encode_batch_topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, ca
     Entries equal to τ are all kept, so ties can add to k·N. With fewer than k·N positive scores all are kept and τ
     is 0. Holds the scores of the whole batch, N × F accumulators, since τ is known only after the last of them.
     """
-    bias = contiguous(bias)
-    z = torch.cat([z for _, z in _score_chunks(x, weight)]) if x.shape[0] else weight.new_empty(0, weight.shape[0])
-    key = kth_key(z, bias, k * x.shape[0])
-    tau, below = _float_of(key, z.dtype), _float_of((key - 1).clamp_min(0), z.dtype)
+    bias, (N, _), F = contiguous(bias), x.shape, weight.shape[0]
+    if _filters("encode_batch_topk", x, weight) and N:
+        x, weight = x.contiguous(), weight.contiguous()
+        sampled = sampled_maxima(x, weight, bias)
+        bound = kth_key(Scores(sampled.view(torch.float32), sampled.shape[1]), k * N) - (1 << MARGIN_BITS)
+        scores = filtered_scores(x, weight, bias, floor=_float_of(bound.clamp_min(0), torch.float32))
+    else:
+        scores = Scores(torch.cat([weight.new_empty(0, F), *(z.z for _, z in _score_chunks(x, weight, None))]), F, bias)
+    dtype = scores.z.dtype
+    key = kth_key(scores, k * N)
+    tau, below = _float_of(key, dtype), _float_of((key - 1).clamp_min(0), dtype)
     if capacity < 0:
-        capacity = _fullest(z, bias, below)
-    code = _empty_code(x, weight, min(capacity, weight.shape[0]))
-    _filter(z, bias, below, *code)
+        capacity = _fullest(scores, below)
+    code = _empty_code(x, weight, min(capacity, F))
+    _filter(scores, below, *code)
     return code, tau
 
 
-def _empty_code(x: Tensor, weight: Tensor, width: int) -> Code:
+def _empty_code(x: Tensor, weight: Tensor, width: int, dtype: torch.dtype | None = None) -> Code:
     N = x.shape[0]
-    values = x.new_empty(N, width, dtype=promoted(x, weight))
+    values = x.new_empty(N, width, dtype=dtype or promoted(x, weight))
     return values, x.new_empty(N, width, dtype=torch.int32), x.new_empty(N, dtype=torch.int32)
 
 
-def _score_chunks(x: Tensor, weight: Tensor):
-    """Spans of rows with their products x Wᵀ (C, F), in the accumulator's dtype."""
-    dtype = promoted(x, weight)
+def _score_chunks(x: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Scores]]:
+    """Spans of rows with their products x Wᵀ (C, F), in the accumulator's dtype; the bias is still to be added."""
+    dtype, F = promoted(x, weight), weight.shape[0]
     columns = weight.to(dtype).t()
-    for start, stop in row_chunks(x.shape[0], weight.shape[0] * accumulator(dtype).itemsize, CHUNK_BYTES):
-        yield slice(start, stop), mm_accumulated(x[start:stop].to(dtype), columns)
+    for start, stop in row_chunks(x.shape[0], F * accumulator(dtype).itemsize, CHUNK_BYTES):
+        yield slice(start, stop), Scores(mm_accumulated(x[start:stop].to(dtype), columns), F, bias)
+
+
+def _filters(operator: str, x: Tensor, weight: Tensor) -> bool:
+    """Whether this operator's scores come from `filter_gemm`."""
+    chosen = variant(operator, x, x.shape[1]) == "filter_gemm"
+    return chosen and x.dtype == weight.dtype and serves(x.dtype, x.shape[1])
+
+
+def _list_chunks(x: Tensor, weight: Tensor) -> Iterator[slice]:
+    return (slice(*span) for span in row_chunks(x.shape[0], 4 * weight.shape[0], LIST_BYTES))
 
 
 def _key_dtype(z: Tensor) -> torch.dtype:
@@ -189,30 +223,20 @@ def _float_of(key: Tensor, dtype: torch.dtype) -> Tensor:
 # --- TopK -----------------------------------------------------------------------------------------------------------
 
 
-def _select(
-    z: Tensor,
-    bias: Tensor | None,
-    k: int,
-    values: Tensor,
-    indices: Tensor,
-    count: Tensor,
-    group_max: Tensor | None = None,
-    group: int = 1,
-) -> None:
-    """Writes the code of a chunk of scores z (C, F), of which only promising groups count if ``group_max`` is given."""
-    C, F = z.shape
+def _select(scores: Scores, k: int, values: Tensor, indices: Tensor, count: Tensor) -> None:
+    """Writes the code of a chunk of rows."""
     if k > MOST_SELECTED:
-        _select_by_sorting(z, bias, k, values, indices, count)
+        _select_by_sorting(scores.z, scores.bias, k, values, indices, count)
         return
+    z, C = scores.z, len(scores.z)
     capacity = max(32, triton.next_power_of_2(2 * k))
     keys = z.new_empty(C, capacity, dtype=_key_dtype(z))
     columns = z.new_empty(C, capacity, dtype=torch.int32)
     found = z.new_empty(C, dtype=torch.int32)
     launch(
         topk_scan_kernel, (C,), z,
-        z, bias, None, None, None, None, group_max, keys, columns, found,
-        F, 0 if group_max is None else group_max.shape[1], k,
-        GROUP=group, BITS=8 * z.element_size() - 1, ONLY_OVERFLOWED=False, CAPACITY=capacity,
+        *scores.arguments, None, None, None, None, keys, columns, found, k,
+        GROUP=scores.group, BITS=8 * z.element_size() - 1, ONLY_OVERFLOWED=False, CAPACITY=capacity,
         **blocks("topk_scan", z),
     )  # fmt: skip
     _rank(keys, columns, found, k, z.dtype, values, indices, count)
@@ -249,18 +273,20 @@ def _select_by_sorting(z: Tensor, bias: Tensor | None, k: int, values: Tensor, i
 
 @triton.jit
 def topk_scan_kernel(
-    z_ptr,  # (C, F)
-    bias_ptr,  # (F,) or None
+    z_ptr,  # scores of C rows, as groups.py says, up to found_ptr
+    bias_ptr,
+    numbers_ptr,
+    listed_ptr,
+    F,
+    segments,
+    slots,
     row_errors_ptr,  # (C,) or None: scores are exact; else each may be off by row_error · norm + row_norm · error
     row_norms_ptr,  # (C,) or None
     norms_ptr,  # (F,) or None
     errors_ptr,  # (F,) or None
-    group_max_ptr,  # (C, groups) key of the largest of each GROUP scores: z is read where it reaches the bound; or None
     keys_ptr,  # (C, CAPACITY) out: keys of the survivors, ascending index; of their upper bounds when inexact
     columns_ptr,  # (C, CAPACITY) out: their features
     found_ptr,  # (C,) out: how many; beyond CAPACITY only when inexact
-    F,
-    groups,
     k,
     GROUP: tl.constexpr,
     BITS: tl.constexpr,  # of a key: 31, or 63 for float64
@@ -268,15 +294,11 @@ def topk_scan_kernel(
     CAPACITY: tl.constexpr,  # at least k
     BLOCK: tl.constexpr,
 ):
-    """One row a program: lane maxima → lower bound of the k-th key → list of the keys that reach it.
-
-    With group maxima these give a first bound, and only groups that reach it are read: in most rows about k of them.
-    """
+    """One row a program: lane maxima → lower bound of the k-th key → list of the keys that reach it."""
     row = tl.program_id(0).to(tl.int64)
     if ONLY_OVERFLOWED:  # noqa: SIM102 - decided when compiled, the next one when run
         if tl.load(found_ptr + row) <= CAPACITY:
             return
-    z_ptr += row * F
     keys_ptr += row * CAPACITY
     columns_ptr += row * CAPACITY
     row_error = 0.0
@@ -284,67 +306,68 @@ def topk_scan_kernel(
     if errors_ptr is not None:
         row_error = tl.load(row_errors_ptr + row)
         row_norm = tl.load(row_norms_ptr + row)
-    lanes = tl.arange(0, BLOCK)
-    floor = tl.full((), 1, keys_ptr.dtype.element_ty)
-    if group_max_ptr is not None:
-        group_max_ptr += row * groups
-        largest = tl.zeros((BLOCK,), keys_ptr.dtype.element_ty)
-        for start in range(0, groups, BLOCK):
-            group = start + lanes
-            largest = tl.maximum(largest, tl.load(group_max_ptr + group, mask=group < groups, other=0))
-        floor = kth_largest_key(largest, k, BITS)
     largest = tl.zeros((BLOCK,), keys_ptr.dtype.element_ty)
-    for start in range(0, F, BLOCK):
-        cols = start + lanes
-        z = _scores(z_ptr, bias_ptr, cols, _worth_reading(group_max_ptr, floor, cols, F, GROUP))
-        if errors_ptr is not None:
-            z -= _radius(z, norms_ptr, errors_ptr, row_norm, row_error, cols, F)
-            z = tl.where(z == z, z, 0.0)  # a score that may be anything bounds nothing
-        largest = tl.maximum(largest, score_key(z))
-    bound = tl.maximum(kth_largest_key(largest, k, BITS), floor)
+    for segment in range(0, segments):
+        length = listed_length(listed_ptr, row, segment, F, segments, slots, GROUP)
+        for start in range(0, length, BLOCK):
+            z, cols, exists = read_scores(
+                z_ptr, bias_ptr, numbers_ptr, row, segment, F, segments, slots, start, length, GROUP, BLOCK
+            )
+            if errors_ptr is not None:
+                z -= _radius(z, norms_ptr, errors_ptr, row_norm, row_error, cols, exists)
+                z = tl.where(z == z, z, 0.0)  # a score that may be anything bounds nothing
+            largest = tl.maximum(largest, score_key(z))
+    bound = kth_largest_key(largest, k, BITS)
     found = tl.zeros((), tl.int32)
-    for start in range(0, F, BLOCK):
-        cols = start + lanes
-        z = _scores(z_ptr, bias_ptr, cols, _worth_reading(group_max_ptr, floor, cols, F, GROUP))
-        if errors_ptr is not None:
-            z += _radius(z, norms_ptr, errors_ptr, row_norm, row_error, cols, F)
-        key = score_key(z)
-        keep = (key >= bound) & (cols < F)
-        slot = found + tl.cumsum(keep.to(tl.int32), 0) - 1
-        tl.store(keys_ptr + slot, key, mask=keep & (slot < CAPACITY))
-        tl.store(columns_ptr + slot, cols, mask=keep & (slot < CAPACITY))
-        found += tl.sum(keep.to(tl.int32), 0)
+    for segment in range(0, segments):
+        length = listed_length(listed_ptr, row, segment, F, segments, slots, GROUP)
+        for start in range(0, length, BLOCK):
+            z, cols, exists = read_scores(
+                z_ptr, bias_ptr, numbers_ptr, row, segment, F, segments, slots, start, length, GROUP, BLOCK
+            )
+            if errors_ptr is not None:
+                z += _radius(z, norms_ptr, errors_ptr, row_norm, row_error, cols, exists)
+            key = score_key(z)
+            keep = (key >= bound) & exists
+            slot = found + tl.cumsum(keep.to(tl.int32), 0) - 1
+            tl.store(keys_ptr + slot, key, mask=keep & (slot < CAPACITY))
+            tl.store(columns_ptr + slot, cols, mask=keep & (slot < CAPACITY))
+            found += tl.sum(keep.to(tl.int32), 0)
     if errors_ptr is None:  # noqa: SIM102
         if found > CAPACITY:
             bound = tl.zeros((), keys_ptr.dtype.element_ty)
+            above = tl.zeros((), tl.int32)
             for i in range(BITS):
                 candidate = bound | (tl.full((), 1, keys_ptr.dtype.element_ty) << (BITS - 1 - i))
                 reached_lanes = tl.zeros((BLOCK,), tl.int32)
-                for start in range(0, F, BLOCK):
-                    cols = start + lanes
-                    read = _worth_reading(group_max_ptr, floor, cols, F, GROUP)
-                    key = score_key(_scores(z_ptr, bias_ptr, cols, read))
-                    reached_lanes += (key >= candidate).to(tl.int32)
-                bound = tl.where(tl.sum(reached_lanes, 0) >= k, candidate, bound)
-            above_lanes = tl.zeros((BLOCK,), tl.int32)
-            for start in range(0, F, BLOCK):
-                cols = start + lanes
-                read = _worth_reading(group_max_ptr, floor, cols, F, GROUP)
-                above_lanes += (score_key(_scores(z_ptr, bias_ptr, cols, read)) > bound).to(tl.int32)
-            room = k - tl.sum(above_lanes, 0)  # for keys equal to the bound, lowest index first
+                for segment in range(0, segments):
+                    length = listed_length(listed_ptr, row, segment, F, segments, slots, GROUP)
+                    for start in range(0, length, BLOCK):
+                        z, _, _ = read_scores(
+                            z_ptr, bias_ptr, numbers_ptr, row, segment, F, segments, slots, start, length, GROUP, BLOCK
+                        )
+                        reached_lanes += (score_key(z) >= candidate).to(tl.int32)
+                reached = tl.sum(reached_lanes, 0)
+                bound = tl.where(reached >= k, candidate, bound)
+                # What a bit that is not set leaves behind is above every later candidate.
+                above = tl.where(reached >= k, above, reached)
+            room = k - above  # for keys equal to the bound, lowest index first
             ties = tl.zeros((), tl.int32)
             found = tl.zeros((), tl.int32)
-            for start in range(0, F, BLOCK):
-                cols = start + lanes
-                read = _worth_reading(group_max_ptr, floor, cols, F, GROUP)
-                key = score_key(_scores(z_ptr, bias_ptr, cols, read))
-                tie = (key == bound).to(tl.int32)
-                keep = (key > bound) | ((tie > 0) & (ties + tl.cumsum(tie, 0) <= room))
-                slot = found + tl.cumsum(keep.to(tl.int32), 0) - 1
-                tl.store(keys_ptr + slot, key, mask=keep)
-                tl.store(columns_ptr + slot, cols, mask=keep)
-                found += tl.sum(keep.to(tl.int32), 0)
-                ties += tl.sum(tie, 0)
+            for segment in range(0, segments):
+                length = listed_length(listed_ptr, row, segment, F, segments, slots, GROUP)
+                for start in range(0, length, BLOCK):
+                    z, cols, exists = read_scores(
+                        z_ptr, bias_ptr, numbers_ptr, row, segment, F, segments, slots, start, length, GROUP, BLOCK
+                    )
+                    key = score_key(z)
+                    tie = ((key == bound) & exists).to(tl.int32)
+                    keep = ((key > bound) & exists) | ((tie > 0) & (ties + tl.cumsum(tie, 0) <= room))
+                    slot = found + tl.cumsum(keep.to(tl.int32), 0) - 1
+                    tl.store(keys_ptr + slot, key, mask=keep)
+                    tl.store(columns_ptr + slot, cols, mask=keep)
+                    found += tl.sum(keep.to(tl.int32), 0)
+                    ties += tl.sum(tie, 0)
     tl.store(found_ptr + row, found)
 
 
@@ -417,18 +440,24 @@ def round_rows_kernel(
 def rescore_kernel(
     x_ptr,  # (C, D)
     weight_ptr,  # (F, D)
-    bias_ptr,  # (F,) or None
+    full_bias_ptr,  # (F,) or None
+    z_ptr,  # scores as in topk_scan_kernel; overwritten by exact ones where more was found than a list of keys holds
+    bias_ptr,
+    numbers_ptr,
+    listed_ptr,
+    F,
+    segments,
+    slots,
     keys_ptr,  # (C, CAPACITY) out: keys of the exact scores
     columns_ptr,  # (C, CAPACITY)
     found_ptr,  # (C,)
-    z_ptr,  # (C, F) out, where more was found than a list holds: exact scores, without bias
-    F,
     D,
+    GROUP: tl.constexpr,
     CAPACITY: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One row a program: float32 scores of its candidates, or of all features where they overflowed."""
+    """One row a program: float32 scores of its candidates, or of all that is listed where they overflowed."""
     row = tl.program_id(0).to(tl.int64)
     found = tl.load(found_ptr + row)
     if found <= CAPACITY:
@@ -436,14 +465,24 @@ def rescore_kernel(
             i = start + tl.arange(0, BLOCK_K)
             column = tl.load(columns_ptr + row * CAPACITY + i, mask=i < found, other=0)
             score = _products(x_ptr + row * D, weight_ptr, column, i < found, D, BLOCK_K, BLOCK_D)
-            if bias_ptr is not None:
-                score += tl.load(bias_ptr + column, mask=i < found, other=0.0).to(tl.float32)
+            if full_bias_ptr is not None:
+                score += tl.load(full_bias_ptr + column, mask=i < found, other=0.0).to(tl.float32)
             tl.store(keys_ptr + row * CAPACITY + i, score_key(score), mask=i < found)
     else:
-        for start in range(0, F, BLOCK_K):
-            column = start + tl.arange(0, BLOCK_K)
-            score = _products(x_ptr + row * D, weight_ptr, column, column < F, D, BLOCK_K, BLOCK_D)
-            tl.store(z_ptr + row * F + column, score, mask=column < F)
+        for segment in range(0, segments):
+            length = listed_length(listed_ptr, row, segment, F, segments, slots, GROUP)
+            for start in range(0, length, BLOCK_K):
+                _, column, exists = read_scores(
+                    z_ptr, None, numbers_ptr, row, segment, F, segments, slots, start, length, GROUP, BLOCK_K
+                )
+                score = _products(x_ptr + row * D, weight_ptr, column, exists, D, BLOCK_K, BLOCK_D)
+                i = start + tl.arange(0, BLOCK_K)
+                if numbers_ptr is None:  # whose bias is added when they are read
+                    tl.store(z_ptr + row * F + i, score, mask=exists)
+                else:
+                    if full_bias_ptr is not None:
+                        score += tl.load(full_bias_ptr + column, mask=exists, other=0.0).to(tl.float32)
+                    tl.store(z_ptr + (row * segments + segment) * slots * GROUP + i, score, mask=exists)
 
 
 @triton.jit
@@ -459,77 +498,95 @@ def _products(x_ptr, weight_ptr, column, valid, D, BLOCK_K: tl.constexpr, BLOCK_
 
 
 @triton.jit
-def _scores(z_ptr, bias_ptr, cols, read):
-    """Scores of one block with bias; 0 where they are not read."""
-    z = tl.load(z_ptr + cols, mask=read, other=0.0)
-    if bias_ptr is not None:
-        z += tl.load(bias_ptr + cols, mask=read, other=0.0).to(z.dtype)
-    return z
-
-
-@triton.jit
-def _worth_reading(group_max_ptr, floor, cols, F, GROUP: tl.constexpr):
-    """Which scores of a row to read: all, or those of groups whose maximum reaches the bound."""
-    read = cols < F
-    if group_max_ptr is not None:
-        read &= tl.load(group_max_ptr + cols // GROUP, mask=read, other=0) >= floor
-    return read
-
-
-@triton.jit
-def _radius(z, norms_ptr, errors_ptr, row_norm, row_error, cols, F):
-    """How far a screened score may be from the float32 one."""
-    norm = tl.load(norms_ptr + cols, mask=cols < F, other=0.0)
-    error = tl.load(errors_ptr + cols, mask=cols < F, other=0.0)
-    return row_error * norm + row_norm * error + tl.abs(z) * 4.8e-7  # the last for the bias's additions, 2⁻²¹
+def _radius(z, norms_ptr, errors_ptr, row_norm, row_error, cols, exists):
+    """`screening_radius` of one block of a row's scores."""
+    norm = tl.load(norms_ptr + cols, mask=exists, other=0.0)
+    error = tl.load(errors_ptr + cols, mask=exists, other=0.0)
+    return screening_radius(z, row_error, row_norm, error, norm)
 
 
 # --- Filter ---------------------------------------------------------------------------------------------------------
 
 
-def _encode_filtered(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor | None, capacity: int) -> Code:
-    F, bias = weight.shape[0], contiguous(bias)
-    threshold = contiguous(threshold)
-    if capacity < 0:
-        capacity = max((_fullest(z, bias, threshold) for _, z in _score_chunks(x, weight)), default=0)
-    values, indices, count = _empty_code(x, weight, min(capacity, F))
-    for rows, z in _score_chunks(x, weight):
-        _filter(z, bias, threshold, values[rows], indices[rows], count[rows])
-    return values, indices, count
+def filtered_code(
+    x: Tensor, weight: Tensor, bias: Tensor | None, floor: Tensor | None, capacity: int, exact: bool = False
+) -> Code:
+    """The scores above 0 and ``floor`` (F,): values, in the accumulator's dtype if ``exact``, indices and count.
+
+    With ``capacity = -1`` a row has room for the fullest; each chunk's products are taken once, and their code padded.
+    """
+    bias, floor, F = contiguous(bias), contiguous(floor), weight.shape[0]
+    dtype = promoted(x, weight)
+    dtype = accumulator(dtype) if exact else dtype
+    chunks = _filter_chunks(x, weight, bias, floor, capacity)
+    if capacity >= 0:
+        code = _empty_code(x, weight, min(capacity, F), dtype)
+        for rows, scores in chunks:
+            values, indices, count = (part[rows] for part in code)
+            _filter(scores, floor, values, indices, count)
+            if scores.kept is not None:  # also what has no slot
+                torch.sum(scores.kept, 1, out=count)
+        return code
+    parts = []
+    for rows, scores in chunks:
+        parts.append(_empty_code(x[rows], weight, _fullest(scores, floor), dtype))
+        _filter(scores, floor, *parts[-1])
+    if not parts:
+        return _empty_code(x, weight, 0, dtype)
+    width = max(values.shape[1] for values, _, _ in parts)
+    padded = [[nnf.pad(part, (0, width - part.shape[1])) for part in code[:2]] for code in parts]
+    values, indices = (torch.cat(every) for every in zip(*padded, strict=True))
+    return values, indices, torch.cat([count for _, _, count in parts])
 
 
-def _fullest(z: Tensor, bias: Tensor | None, threshold: Tensor | None) -> int:
+def _filter_chunks(
+    x: Tensor, weight: Tensor, bias: Tensor | None, floor: Tensor | None, capacity: int
+) -> Iterator[tuple[slice, Scores]]:
+    if not _filters("encode_filter", x, weight):
+        yield from _score_chunks(x, weight, bias)
+        return
+    x, weight = x.contiguous(), weight.contiguous()
+    for rows in _list_chunks(x, weight):
+        # A group has a kept score at least: what finds no slot here would find none in the code.
+        yield rows, filtered_scores(x[rows], weight, bias, floor=floor, slots=None if capacity < 0 else capacity)
+
+
+def _fullest(scores: Scores, threshold: Tensor | None) -> int:
     """The largest count of any row. Waits for the GPU."""
-    none = z.new_empty(z.shape[0], 0)
-    count = z.new_empty(z.shape[0], dtype=torch.int32)
-    _filter(z, bias, threshold, none, none.int(), count)
-    return int(count.max()) if count.numel() else 0
+    C = len(scores.z)
+    none = scores.z.new_empty(C, 0)
+    count = scores.z.new_empty(C, dtype=torch.int32)
+    _filter(scores, threshold, none, none.int(), count)
+    return int(count.max()) if C else 0
 
 
-def _filter(
-    z: Tensor, bias: Tensor | None, threshold: Tensor | None, values: Tensor, indices: Tensor, count: Tensor
-) -> None:
-    """Writes the entries of scores z (C, F) above the threshold: None for 0, (F,) one a feature, (1,) one for all."""
-    C, F = z.shape
-    if C == 0:
+def _filter(scores: Scores, threshold: Tensor | None, values: Tensor, indices: Tensor, count: Tensor) -> None:
+    """Writes the entries of C rows above the threshold: None for 0, (F,) one a feature, (1,) one for all."""
+    if len(scores.z) == 0:
         return
     launch(
-        filter_kernel, (C,), z,
-        z, bias, threshold, values, indices, count, F, values.shape[1],
-        ONE_THRESHOLD=threshold is not None and threshold.numel() == 1, **blocks("filter", z),
+        filter_kernel, (len(scores.z),), scores.z,
+        *scores.arguments, threshold, values, indices, count, values.shape[1],
+        GROUP=scores.group, ONE_THRESHOLD=threshold is not None and threshold.numel() == 1,
+        **blocks("filter", scores.z),
     )  # fmt: skip
 
 
 @triton.jit
 def filter_kernel(
-    z_ptr,  # (C, F)
-    bias_ptr,  # (F,) or None
+    z_ptr,  # scores as in topk_scan_kernel
+    bias_ptr,
+    numbers_ptr,
+    listed_ptr,
+    F,
+    segments,
+    slots,
     threshold_ptr,  # (F,), (1,) or None
     values_ptr,  # (C, capacity) out
     indices_ptr,  # (C, capacity) out
     count_ptr,  # (C,) out
-    F,
     capacity,
+    GROUP: tl.constexpr,
     ONE_THRESHOLD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -537,27 +594,28 @@ def filter_kernel(
     row = tl.program_id(0).to(tl.int64)
     values_ptr += row * capacity
     indices_ptr += row * capacity
-    lanes = tl.arange(0, BLOCK)
     if ONE_THRESHOLD:
         threshold = tl.load(threshold_ptr)
     found = tl.zeros((), tl.int32)
-    for start in range(0, F, BLOCK):
-        cols = start + lanes
-        z = tl.load(z_ptr + row * F + cols, mask=cols < F, other=0.0)
-        if bias_ptr is not None:
-            z += tl.load(bias_ptr + cols, mask=cols < F, other=0.0).to(z.dtype)
-        drop = (z <= 0) | (cols >= F)
-        if threshold_ptr is not None:
-            if not ONE_THRESHOLD:
-                threshold = tl.load(threshold_ptr + cols, mask=cols < F, other=0.0)
-            drop |= z <= threshold.to(z.dtype)
-        keep = drop ^ True
-        slot = found + tl.cumsum(keep.to(tl.int32), 0) - 1
-        fits = keep & (slot < capacity)
-        store_rounded(values_ptr + slot, z, fits)
-        tl.store(indices_ptr + slot, cols, mask=fits)
-        found += tl.sum(keep.to(tl.int32), 0)
+    for segment in range(0, segments):
+        length = listed_length(listed_ptr, row, segment, F, segments, slots, GROUP)
+        for start in range(0, length, BLOCK):
+            z, cols, exists = read_scores(
+                z_ptr, bias_ptr, numbers_ptr, row, segment, F, segments, slots, start, length, GROUP, BLOCK
+            )
+            drop = z <= 0
+            if threshold_ptr is not None:
+                if not ONE_THRESHOLD:
+                    threshold = tl.load(threshold_ptr + cols, mask=exists, other=0.0)
+                drop |= z <= threshold.to(z.dtype)
+            keep = (drop ^ True) & exists
+            slot = found + tl.cumsum(keep.to(tl.int32), 0) - 1
+            fits = keep & (slot < capacity)
+            store_rounded(values_ptr + slot, z, fits)
+            tl.store(indices_ptr + slot, cols, mask=fits)
+            found += tl.sum(keep.to(tl.int32), 0)
     tl.store(count_ptr + row, found)
+    lanes = tl.arange(0, BLOCK)
     for start in range(found, capacity, BLOCK):
         slot = start + lanes
         store_rounded(values_ptr + slot, tl.zeros((BLOCK,), z_ptr.dtype.element_ty), slot < capacity)
@@ -569,13 +627,13 @@ def filter_kernel(
 DIGIT_BITS = 8
 
 
-def kth_key(z: Tensor, bias: Tensor | None, k: int) -> Tensor:
-    """Key (1,) int64 of the k-th largest positive entry of the whole of z (C, F) plus bias; 0 when fewer are positive.
+def kth_key(scores: Scores, k: int) -> Tensor:
+    """Key (1,) int64 of the k-th largest positive of all scores; 0 when fewer are positive.
 
     Radix selection: a histogram of the leading digit of all keys tells the digit of the k-th; then the next digit,
     among the keys that share the ones before. Integer counts, so the order of additions does not matter.
     """
-    C, F = z.shape
+    z, C = scores.z, len(scores.z)
     bits = 8 * z.element_size()
     prefix = torch.zeros(1, dtype=torch.int64, device=z.device)
     if k == 0 or C == 0:
@@ -585,8 +643,8 @@ def kth_key(z: Tensor, bias: Tensor | None, k: int) -> Tensor:
         histogram = torch.zeros(1 << DIGIT_BITS, dtype=torch.int64, device=z.device)
         launch(
             digit_histogram_kernel, (C,), z,
-            z, bias, prefix, histogram, F, shift,
-            DIGIT_BITS=DIGIT_BITS, BINS=1 << DIGIT_BITS, **blocks("digit_histogram", z),
+            *scores.arguments, prefix, histogram, shift,
+            GROUP=scores.group, DIGIT_BITS=DIGIT_BITS, BINS=1 << DIGIT_BITS, **blocks("digit_histogram", z),
         )  # fmt: skip
         # at_least[d]: keys whose digit is d or more; the digit of the k-th is the last d with at_least[d] ≥ wanted.
         at_least = histogram.flip(0).cumsum(0).flip(0)
@@ -599,26 +657,34 @@ def kth_key(z: Tensor, bias: Tensor | None, k: int) -> Tensor:
 
 @triton.jit
 def digit_histogram_kernel(
-    z_ptr,  # (C, F)
-    bias_ptr,  # (F,) or None
+    z_ptr,  # scores as in topk_scan_kernel
+    bias_ptr,
+    numbers_ptr,
+    listed_ptr,
+    F,
+    segments,
+    slots,
     prefix_ptr,  # (1,) the digits found so far
     histogram_ptr,  # (BINS,) int64, added to
-    F,
     shift,
+    GROUP: tl.constexpr,
     DIGIT_BITS: tl.constexpr,
     BINS: tl.constexpr,  # 2 ** DIGIT_BITS
     BLOCK: tl.constexpr,
 ):
     """Counts one digit of the keys of a row whose higher digits equal the prefix's."""
     row = tl.program_id(0).to(tl.int64)
-    lanes = tl.arange(0, BLOCK)
     bins = tl.arange(0, BINS)
     prefix = tl.load(prefix_ptr)
     counts = tl.zeros((BINS,), tl.int32)
-    for start in range(0, F, BLOCK):
-        cols = start + lanes
-        key = score_key(_scores(z_ptr + row * F, bias_ptr, cols, cols < F)).to(tl.int64)
-        same = ((key ^ prefix) >> shift >> DIGIT_BITS == 0) & (cols < F)
-        digit = (key >> shift) & (BINS - 1)
-        counts += tl.histogram(digit.to(tl.int32), BINS, mask=same)
+    for segment in range(0, segments):
+        length = listed_length(listed_ptr, row, segment, F, segments, slots, GROUP)
+        for start in range(0, length, BLOCK):
+            z, _, exists = read_scores(
+                z_ptr, bias_ptr, numbers_ptr, row, segment, F, segments, slots, start, length, GROUP, BLOCK
+            )
+            key = score_key(z).to(tl.int64)
+            same = ((key ^ prefix) >> shift >> DIGIT_BITS == 0) & exists
+            digit = (key >> shift) & (BINS - 1)
+            counts += tl.histogram(digit.to(tl.int32), BINS, mask=same)
     tl.atomic_add(histogram_ptr + bins, counts.to(tl.int64), sem="relaxed")

@@ -6,12 +6,11 @@ Scores are compared in the accumulator's dtype: a bfloat16 near 1 cannot tell wh
 filter is elementwise on N × K slots.
 """
 
-import torch
 from torch import Tensor
 
 from e2e_fast.kernels.encode import jump_slots
-from e2e_fast.kernels.triton._launch import accumulator, contiguous, promoted
-from e2e_fast.kernels.triton.encode import _filter, _fullest, _score_chunks
+from e2e_fast.kernels.triton._launch import accumulator, promoted
+from e2e_fast.kernels.triton.encode import filtered_code
 
 
 def encode_jump_relu(
@@ -22,15 +21,8 @@ def encode_jump_relu(
     x (N, D), weight (F, D), bias and threshold (F,). ``capacity = -1`` makes room for the fullest row, which waits for
     the GPU.
     """
-    (N, _), F = x.shape, weight.shape[0]
-    dtype, bias = promoted(x, weight), contiguous(bias)
+    dtype = promoted(x, weight)
     theta = threshold.to(accumulator(dtype))
-    floor = (theta - bandwidth / 2).clamp_min(0).contiguous()
-    if capacity < 0:
-        capacity = max((_fullest(z, bias, floor) for _, z in _score_chunks(x, weight)), default=0)
-    scores = x.new_empty(N, min(capacity, F), dtype=theta.dtype)
-    indices = x.new_empty(scores.shape, dtype=torch.int32)
-    kept = x.new_empty(N, dtype=torch.int32)
-    for rows, z in _score_chunks(x, weight):
-        _filter(z, bias, floor, scores[rows], indices[rows], kept[rows])
+    floor = (theta - bandwidth / 2).clamp_min(0)
+    scores, indices, kept = filtered_code(x, weight, bias, floor, capacity, exact=True)
     return jump_slots(scores, indices, kept, theta, bandwidth, dtype)

@@ -73,16 +73,22 @@ def _segments(storage: str, D: int) -> dict[str, Any]:
 DVALUES = dict.fromkeys(("x_ptr", "dW_dec_ptr", "dW_enc_ptr", "db_enc_ptr"))
 
 
+SCORES: dict[str, Any] = {"z_ptr": "*fp32", "bias_ptr": "*fp32", "numbers_ptr": None, "listed_ptr": None}
+SCORES |= {"F": "i32:16", "segments": 1, "slots": 1, "GROUP": 1}
+"""Whole rows of scores."""
+LISTED = {"bias_ptr": None, "numbers_ptr": "*i32", "listed_ptr": "*i32", "segments": "i32", "slots": "i32", "GROUP": 8}
+"""Listed groups, as filter_gemm writes them."""
+
+
 def _scan(capacity: int, **changes: Any) -> dict[str, Any]:
-    arguments = {"z_ptr": "*fp32", "bias_ptr": "*fp32", "keys_ptr": "*i32", "columns_ptr": "*i32", "found_ptr": "*i32"}
-    arguments |= dict.fromkeys(("row_errors_ptr", "row_norms_ptr", "norms_ptr", "errors_ptr", "group_max_ptr"))
-    arguments |= {"F": "i32:16", "groups": "i32", "k": "i32", "GROUP": 1, "BITS": 31, "ONLY_OVERFLOWED": False}
-    return arguments | {"CAPACITY": capacity} | changes
+    arguments = SCORES | {"keys_ptr": "*i32", "columns_ptr": "*i32", "found_ptr": "*i32"}
+    arguments |= dict.fromkeys(("row_errors_ptr", "row_norms_ptr", "norms_ptr", "errors_ptr"))
+    return arguments | {"k": "i32", "BITS": 31, "ONLY_OVERFLOWED": False, "CAPACITY": capacity} | changes
 
 
 SPREADS = dict.fromkeys(("row_errors_ptr", "row_norms_ptr", "norms_ptr", "errors_ptr"), "*fp32")
-RESCORE = dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "z_ptr"), "*fp32")
-RESCORE |= dict.fromkeys(("keys_ptr", "columns_ptr", "found_ptr"), "*i32") | {"F": "i32:16", "D": "i32:16"}
+RESCORE = SCORES | dict.fromkeys(("x_ptr", "weight_ptr", "full_bias_ptr"), "*fp32")
+RESCORE |= dict.fromkeys(("keys_ptr", "columns_ptr", "found_ptr"), "*i32") | {"D": "i32:16", "CAPACITY": 256}
 ROUND = dict.fromkeys(("matrix_ptr", "norms_ptr", "errors_ptr"), "*fp32") | {"rounded_ptr": "*bf16"}
 
 
@@ -93,8 +99,8 @@ def _rank(capacity: int) -> dict[str, Any]:
 
 
 def _filter(threshold: str | None, one: bool = False) -> dict[str, Any]:
-    arguments = {"z_ptr": "*fp32", "bias_ptr": "*fp32", "threshold_ptr": threshold, "values_ptr": "*bf16"}
-    arguments |= {"indices_ptr": "*i32", "count_ptr": "*i32", "F": "i32:16", "capacity": "i32"}
+    arguments = SCORES | {"threshold_ptr": threshold, "values_ptr": "*bf16"}
+    arguments |= {"indices_ptr": "*i32", "count_ptr": "*i32", "capacity": "i32"}
     return arguments | {"ONE_THRESHOLD": one}
 
 
@@ -126,15 +132,14 @@ DUAL |= {"rows": "i32", "width": "i32:16", "vocab": "i32", "tiles": "i32", "scal
 DUAL_F16 = DUAL | dict.fromkeys(("pair_ptr", "weight_ptr", "bias_ptr", "difference_ptr"), "*fp16")
 """Arguments of all kernels of linear_kl_dual: each takes those that it names."""
 
-GEMM: dict[str, Any] = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*fp32", "bound_ptr": "*i32"}
-GEMM |= {"z_ptr": "*fp32", "group_max_ptr": "*i32", "first": "i32", "k": "i32", "PER_TILE": 4}
-GEMM |= {"rows": "i32:16", "width": "i32:16", "F": "i32:16", "groups": "i32"}
-FIRST = GEMM | {"bound_ptr": None, "bias_ptr": None}
-GROUPS = {"group_max_ptr": "*i32", "bias_ptr": None, "GROUP": 32}
-"""Arguments of encode_gemm's kernels; what the scan of their groups takes besides."""
+GEMM: dict[str, Any] = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*fp32", "floor_ptr": None}
+GEMM |= dict.fromkeys(("row_errors_ptr", "row_norms_ptr", "norms_ptr", "errors_ptr", "maxima_ptr", "bounds_ptr"))
+GEMM |= {"z_ptr": "*fp32"} | dict.fromkeys(("numbers_ptr", "found_ptr", "kept_ptr"), "*i32")
+GEMM |= {"rows": "i32", "width": "i32:16", "F": "i32:16", "tiles": "i32", "slots": "i32", "ONE_FLOOR": False}
+SAMPLE = GEMM | dict.fromkeys(("z_ptr", "numbers_ptr", "found_ptr", "kept_ptr")) | {"maxima_ptr": "*i32"}
+BOUND = {"maxima_ptr": "*i32", "bounds_ptr": "*i32", "groups": "i32:16", "k": "i32", "margin": "i32:16"}
 
-HISTOGRAM = {"z_ptr": "*fp32", "bias_ptr": "*fp32", "prefix_ptr": "*i64", "histogram_ptr": "*i64"}
-HISTOGRAM |= {"F": "i32:16", "shift": "i32", "DIGIT_BITS": 8, "BINS": 256}
+HISTOGRAM = SCORES | {"prefix_ptr": "*i64", "histogram_ptr": "*i64", "shift": "i32", "DIGIT_BITS": 8, "BINS": 256}
 
 CASES = [
     Case("neighbours", "neighbours_kernel", "bf16", _sweep("*bf16"), "16", matrix_units=True),
@@ -179,22 +184,41 @@ CASES = [
     Case("encode", "topk_scan_kernel", "f32 no bias k≤1024", _scan(2048, bias_ptr=None)),
     Case("encode", "topk_scan_kernel", "screen k≤64", _scan(256, **SPREADS)),
     Case("encode", "topk_scan_kernel", "f32 overflowed rows k≤64", _scan(256, ONLY_OVERFLOWED=True)),
-    Case("encode", "topk_scan_kernel", "groups k≤64", _scan(128, **GROUPS)),
-    Case("encode", "topk_scan_kernel", "groups k=1", _scan(32, k=1, **GROUPS)),
-    Case("encode_gemm", "topk_gemm_kernel", "bf16", GEMM, "16", matrix_units=True),
-    Case("encode_gemm", "topk_gemm_kernel", "bf16 first tiles", FIRST, "16", matrix_units=True),
-    Case("encode_gemm", "topk_gemm_kernel", "bf16 N=1", GEMM | {"rows": 1}, "16", matrix_units=True),
+    Case("encode", "topk_scan_kernel", "lists k≤64", _scan(128, **LISTED)),
+    Case("encode", "topk_scan_kernel", "lists screen k≤64", _scan(256, **LISTED, **SPREADS)),
+    Case("filter_gemm", "filter_gemm_kernel", "bf16 relu", GEMM, "16", matrix_units=True),
+    Case("filter_gemm", "filter_gemm_kernel", "bf16 jump_relu", GEMM | {"floor_ptr": "*fp32"}, "16", matrix_units=True),
     Case(
-        "encode_gemm",
-        "topk_gemm_kernel",
-        "f16",
-        GEMM | {"x_ptr": "*fp16", "weight_ptr": "*fp16"},
+        "filter_gemm",
+        "filter_gemm_kernel",
+        "bf16 batch_topk",
+        GEMM | {"floor_ptr": "*fp32", "ONE_FLOOR": True},
         "16",
         matrix_units=True,
     ),
-    Case("encode_gemm", "topk_bound_kernel", "k≤64", GEMM, "16"),
-    Case("encode_gemm", "topk_bound_kernel", "k=1", GEMM | {"k": 1, "first": 1}, "16"),
-    Case("encode", "rescore_kernel", "k≤64", RESCORE | {"CAPACITY": 256}),
+    Case("filter_gemm", "filter_gemm_kernel", "bf16 topk", GEMM | {"bounds_ptr": "*i32"}, "16", matrix_units=True),
+    Case(
+        "filter_gemm",
+        "filter_gemm_kernel",
+        "bf16 screen",
+        GEMM | {"bounds_ptr": "*i32"} | SPREADS,
+        "16",
+        matrix_units=True,
+    ),
+    Case("filter_gemm", "filter_gemm_kernel", "bf16 sample", SAMPLE, "16", matrix_units=True),
+    Case("filter_gemm", "filter_gemm_kernel", "bf16 screen's sample", SAMPLE | SPREADS, "16", matrix_units=True),
+    Case(
+        "filter_gemm",
+        "filter_gemm_kernel",
+        "f16 relu",
+        GEMM | {"x_ptr": "*fp16", "weight_ptr": "*fp16", "bias_ptr": None},
+        "16",
+        matrix_units=True,
+    ),
+    Case("filter_gemm", "row_bound_kernel", "k≤64", BOUND),
+    Case("filter_gemm", "row_bound_kernel", "k=1", BOUND | {"k": 1}),
+    Case("encode", "rescore_kernel", "k≤64", RESCORE),
+    Case("encode", "rescore_kernel", "lists k≤64", RESCORE | LISTED),
     Case("encode", "round_rows_kernel", "f32", ROUND | {"D": "i32:16", "generous": "fp32"}),
     Case("encode", "topk_rank_kernel", "k≤64", _rank(128), size="narrow"),
     Case("encode", "topk_rank_kernel", "k≤256", _rank(512), size="middle"),
@@ -202,7 +226,9 @@ CASES = [
     Case("encode", "filter_kernel", "relu", _filter(None)),
     Case("encode", "filter_kernel", "jump_relu", _filter("*fp32")),
     Case("encode", "filter_kernel", "batch_topk", _filter("*fp32", one=True)),
+    Case("encode", "filter_kernel", "lists jump_relu", _filter("*fp32") | LISTED),
     Case("encode", "digit_histogram_kernel", "f32", HISTOGRAM),
+    Case("encode", "digit_histogram_kernel", "lists", HISTOGRAM | LISTED),
     Case("adam", "adam_kernel", "f32 norms shadow", _adam()),
     Case("adam", "adam_kernel", "f32 plain", _adam(clip_ptr=None, inverse_norms_ptr=None, shadow_ptr=None)),
     Case("linear_kl", "kl_rows_kernel", "f64", _in_float64(_kl())),

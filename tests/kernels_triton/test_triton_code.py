@@ -214,9 +214,9 @@ def test_a_feature_of_many_segments_is_summed_whole(generator, dtype):
         assert_close(name, *triple)
 
 
-@pytest.mark.parametrize("segment", [1, 2, 7, 1000])
+@pytest.mark.parametrize("segment", [1, 7])
 def test_the_length_of_a_segment_changes_nothing_but_rounding(generator, monkeypatch, segment):
-    inputs = skewed(generator, torch.float64)
+    inputs = skewed(generator, torch.float64, N=19)
     expected = backward(*inputs, True)
     arch = _launch.arch(inputs[0].device)
     for key, options in list(_launch.BLOCKS["code_backward"].items()):

@@ -5,6 +5,7 @@ import torch
 from triton_checks import DEVICE, FLOOR, error
 
 from e2e_fast.kernels import SparseCode, reference
+from e2e_fast.kernels.triton import _launch
 from e2e_fast.kernels.triton import encode as module
 from e2e_fast.kernels.triton.encode import (
     encode_batch_topk,
@@ -15,6 +16,7 @@ from e2e_fast.kernels.triton.encode import (
     kth_key,
     round_rows,
 )
+from e2e_fast.kernels.triton.groups import Scores
 
 Problem = tuple[Any, Any, Any]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -117,11 +119,22 @@ def test_a_large_k_is_sorted(generator, monkeypatch):
 
 
 def test_chunks_of_rows_give_the_same_code_as_one(generator, monkeypatch):
-    x, weight = torch.randn(130, 1, generator=generator), torch.randn(30, 1, generator=generator)
+    x, weight = torch.randn(7, 1, generator=generator), torch.randn(30, 1, generator=generator)
     inputs: Problem = (x.to(DEVICE), weight.to(DEVICE), None)
-    monkeypatch.setattr(module, "CHUNK_BYTES", 1)
+    asked = []
+    spans = [(0, 3), (3, 4), (4, 7)]
+    monkeypatch.setattr(module, "row_chunks", lambda *a: asked.append(a) or spans)
     assert_same_code(encode_topk(*inputs, 3), reference.encode_topk(*inputs, 3))
-    assert_same_code(encode_relu(*inputs, 12), reference.encode_relu(*inputs, 12))
+    for capacity in (-1, 12):
+        slots = None if capacity < 0 else capacity
+        assert_same_code(encode_relu(*inputs, capacity), reference.encode_relu(*inputs, slots))
+    assert asked == [(7, 4 * 30, module.CHUNK_BYTES)] * 3
+
+
+def test_a_budget_cuts_rows_in_near_equal_chunks():
+    assert _launch.row_chunks(1000, bytes_per_row=4, budget=2048) == [(0, 512), (512, 1000)]
+    assert _launch.row_chunks(130, bytes_per_row=400, budget=1) == [(0, 128), (128, 130)]
+    assert _launch.row_chunks(0, bytes_per_row=400, budget=1) == []
 
 
 def test_screening_gives_the_float32_code(generator):
@@ -262,7 +275,7 @@ def test_kth_key_spells_the_kth_largest_of_the_matrix(generator, dtype):
     bias = torch.randn(50, generator=generator, dtype=dtype)
     expected = (z + bias).flatten().sort(descending=True).values
     for k in (1, 2, 37, 90):
-        key = kth_key(z.to(DEVICE), bias.to(DEVICE), k)
+        key = kth_key(Scores(z.to(DEVICE), 50, bias.to(DEVICE)), k)
         assert (
             key.to(torch.int64 if dtype == torch.float64 else torch.int32).view(dtype).item() == expected[k - 1].item()
         )

@@ -18,10 +18,12 @@ from e2e_fast.kernels.triton import _launch
 
 N, D, F, V = 4, 6, 13, 17
 
-OTHER_WAYS = {"linear_kl": "dual_combine", "encode_topk": "filter_gemm"}
+OTHER_WAYS = {"linear_kl": "dual_combine"} | dict.fromkeys(
+    ("encode_topk", "encode_batch_topk", "encode_filter"), "filter_gemm"
+)
 """Of `_launch.VARIANTS`, those that are not chosen."""
 
-MODULES = ("adam", "autoencode", "decode", "encode", "encode_gemm", "linear_kl", "linear_kl_dual")
+MODULES = ("adam", "autoencode", "decode", "encode", "filter_gemm", "linear_kl", "linear_kl_dual")
 """Where kernels are launched by operators."""
 
 

@@ -42,6 +42,7 @@ def test_empty_sides_have_no_pairs():
 @pytest.mark.parametrize("absolute", [False, True])
 @pytest.mark.parametrize("precision", nb.PRECISIONS)
 def test_a_matching_whose_sweep_ran_in_triton_is_the_cpus(precision, absolute, generator, monkeypatch):
+    pytest.importorskip("e2e_fast._C", reason="the exact assignment after the sweep runs in the compiled core")
     A, B = torch.randn(40, 24, generator=generator), torch.randn(53, 24, generator=generator)
     options = {"precision": precision, "absolute": absolute, "candidates": 6}
     expected = match_dictionaries(A, B, **options)
