@@ -13,6 +13,7 @@ thresholds, which are averaged too.
 """
 
 import atexit
+import importlib
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -131,11 +132,15 @@ def join() -> World:
             return World()
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # torch imports this module with its compiler. Default arguments of it would keep a group that exists by then,
+        # and gloo's threads with it, which abort the process where they drop a tensor while Python goes down.
+        importlib.import_module("torch.distributed.nn.functional")
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        atexit.register(_leave)  # a group that is still there at the end is warned of
+        atexit.register(_leave)
     return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def _leave() -> None:
+    """Ends the group and its threads: one that is still there at the end is warned of."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -229,3 +229,29 @@ def test_the_step_is_checked_against_the_number_of_processes(work: Path, tmp_pat
     config = config.replace(effective_batch_size=8)
     with pytest.raises(ValueError, match=r"effective_batch_size must be a multiple .* \(4 × 3\), got 8"):
         _for_world(config, World(0, 3))
+
+
+AT_THE_END = """
+import os
+import torch
+from e2e_fast import distributed, kernels
+
+world = distributed.join()
+kernels.linear_kl(torch.ones(2, 3), torch.ones(2, 3), torch.ones(4, 3))  # loads torch's compiler, as training does
+world.average([torch.ones(3)])
+distributed._leave()
+print({open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")})
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="asks Linux for the names of threads")
+def test_no_thread_of_the_group_outlives_it(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(AT_THE_END)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    root = str(Path(__file__).parents[1])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    done = subprocess.run(launch, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("{") == 2
+    assert "gloo" not in done.stdout
