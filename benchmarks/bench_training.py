@@ -106,7 +106,7 @@ def our_trainer(s: Setup, kind: str, **changes: Any) -> Trainer:
     config = {
         "tlens_model_name": "random",
         "save_dir": None,
-        "n_samples": 10**6,
+        "n_samples": None,
         "save_every_n_samples": None,
         "eval_n_samples": None,
         "batch_size": SAMPLES,
