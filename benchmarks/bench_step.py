@@ -17,14 +17,14 @@ from e2e_fast.step import training_step
 LAYER, POSITION, SPARSITY = 2, "blocks.2.hook_resid_pre", 1.0
 
 
-def setup(l0: float | None) -> tuple[Any, Any, straightforward.DenseSAE, SAE, torch.Tensor]:
+def setup(l0: float | None, width: int = 64) -> tuple[Any, Any, straightforward.DenseSAE, SAE, torch.Tensor]:
     """Model, LM, both SAEs with equal weights, tokens. ``l0`` shifts the encoder's bias to so many active features."""
     torch.manual_seed(0)
-    config = transformers.GPT2Config(n_layer=4, n_embd=64, n_head=4, n_positions=512, vocab_size=50257)
+    config = transformers.GPT2Config(n_layer=4, n_embd=width, n_head=width // 16, n_positions=512, vocab_size=50257)
     model = transformers.GPT2LMHeadModel(config).eval().requires_grad_(False)
     lm = load_lm(model, processing="none")
     tokens = torch.randint(50257, (4, 512))
-    theirs, ours = straightforward.DenseSAE(64, 3200), SAE(64, 3200)
+    theirs, ours = straightforward.DenseSAE(width, 3200), SAE(width, 3200)
     if l0 is not None:
         with torch.no_grad():
             x = lm.original(tokens, at=POSITION, suffix=False)[POSITION]
@@ -68,6 +68,24 @@ def test_step(duel: Callable[..., Any], kind: str, l0: float | None) -> None:
         run_baseline,
         floor=(lambda: prefix(lm, tokens)) if kind == "local" else None,
     )
+
+
+@pytest.mark.parametrize("width", [64, 256])
+@pytest.mark.parametrize("part", ["blocks", "spliced blocks and gradient"])
+def test_model(duel: Callable[..., Any], part: str, width: int) -> None:
+    """The model's blocks by our operators (``fast=True``) against its own: all four, or two with their gradient."""
+    _, lm, _, _, tokens = setup(None, width)
+    originals = {fast: lm.original(tokens, at=POSITION, fast=fast) for fast in (True, False)}
+
+    def run(fast: bool) -> torch.Tensor:
+        if part == "blocks":
+            return lm.original(tokens, at=POSITION, fast=fast).final
+        x = originals[fast][POSITION].clone().requires_grad_()
+        return torch.autograd.grad(originals[fast].splice(x).final.square().sum(), x)[0]
+
+    ours, theirs = run(True), run(False)
+    assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+    duel(f"{part}, d = {width}", lambda: run(True), lambda: run(False))
 
 
 def prefix(lm: Any, tokens: torch.Tensor) -> None:

@@ -63,10 +63,9 @@ def test_another_scale(route):
 
 @pytest.mark.parametrize("shape", [(0, 2, 1, 5, 4), (2, 2, 1, 0, 4)], ids=str)
 def test_no_tokens_are_no_work(route, shape):
+    B, H, _, T, D = shape
     q, k, v = inputs(*shape)
-    out, *gradients = run(
-        kernels.attention, q, k, v, torch.empty(shape[0], shape[3], shape[1], shape[4]).mT.mT[:, : shape[3]]
-    )
+    out, *gradients = run(kernels.attention, q, k, v, torch.empty(B, T, H, D))
     assert out.numel() == 0
     assert all(g.shape == t.shape for g, t in zip(gradients, (q, k, v), strict=True))
 
@@ -87,9 +86,8 @@ def test_nan_reaches_its_own_token(route):
     assert out[0, torch.arange(90) != 80].isfinite().all()
 
 
-def test_result_has_the_same_bits_for_any_number_of_threads(route):
-    if route == "torch":
-        pytest.skip("torch promises no such thing")
+def test_result_has_the_same_bits_for_any_number_of_threads():
+    assert _native.has_native()  # torch promises no such thing
     q, k, v = inputs(1, 4, 2, 301, 16)
     dout, threads, results = torch.randn(1, 301, 4, 16), torch.get_num_threads(), []
     for n in (1, 2, 5):

@@ -6,7 +6,7 @@ import torch.nn.functional as nnf
 from tolerance import assert_as_accurate
 
 from e2e_fast import kernels
-from e2e_fast.kernels import _gemm, reference
+from e2e_fast.kernels import reference
 
 KINDS = ["none", "tanh"]
 
@@ -61,17 +61,3 @@ def test_large_numbers_and_nan(route, kind):
 def test_unknown_forms_are_refused():
     with pytest.raises(ValueError, match="approximate must be"):
         kernels.gelu(torch.zeros(3), "quick")
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-def test_a_frozen_product_has_linears_values_and_gradient(transposed):
-    x, bias = torch.randn(3, 5, 33, requires_grad=True), torch.randn(18)
-    weight = torch.randn(33, 18).t() if transposed else torch.randn(18, 33)
-    results = []
-    for function in (_gemm.frozen_linear, nnf.linear):
-        y = function(x, weight, bias)
-        results.append((y, *torch.autograd.grad(y.square().sum(), x)))
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs)
-    with torch.no_grad():
-        torch.testing.assert_close(_gemm.frozen_linear(x, weight, bias), results[1][0])

@@ -27,3 +27,17 @@ def test_a_sliced_weight_goes_to_torch(layout, monkeypatch):
     monkeypatch.setattr(_gemm.nnf, "linear", lambda *a: calls.append(a) or plain(*a))
     _gemm.linear(torch.randn(3, 20), SLICED[layout](50, 20))
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_frozen_product_has_linears_values_and_gradient(transposed):
+    x, bias = torch.randn(3, 5, 33, requires_grad=True), torch.randn(18)
+    weight = torch.randn(33, 18).t() if transposed else torch.randn(18, 33)
+    results = []
+    for function in (_gemm.frozen_linear, nnf.linear):
+        y = function(x, weight, bias)
+        results.append((y, *torch.autograd.grad(y.square().sum(), x)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    with torch.no_grad():
+        torch.testing.assert_close(_gemm.frozen_linear(x, weight, bias), results[1][0])
