@@ -290,12 +290,12 @@ static void bind_sparse(py::module_& m) {
       "code_backward",
       [](Array<float> values, Array<int32_t> indices, std::optional<py::array_t<float, 0>> dvalues_in, MaybeArray<float> g,
          MaybeArray<float> W_dec, MaybeArray<float> x, bool normalize, MaybeArray<float> dW_dec,
-         MaybeArray<float> dW_enc, MaybeArray<float> db_enc, Array<float> dvalues, int64_t features, int64_t width,
-         int threads) {
+         MaybeArray<float> dW_enc, MaybeArray<float> db_enc, MaybeArray<float> dvalues, int64_t features,
+         int64_t width, int threads) {
         expect(values.ndim() == 2, "values must be (N, K)");
         const int64_t rows = values.shape(0), slots = values.shape(1);
         const auto has = [](const MaybeArray<float>& a, int64_t size) { return !a || a->size() == size; };
-        expect(indices.size() == values.size() && dvalues.size() == values.size() &&
+        expect(indices.size() == values.size() && has(dvalues, values.size()) &&
                    (!dvalues_in || (dvalues_in->ndim() == 2 && dvalues_in->shape(0) == rows && dvalues_in->shape(1) == slots)),
                "indices, dvalues and dvalues_in must have values' shape");
         expect(has(g, rows * width) && has(x, rows * width), "g and x must be (N, D)");

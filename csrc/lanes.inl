@@ -96,9 +96,32 @@ E2E_INLINE float dot(const float* a, const float* b, int64_t n) {
   return sum((s0 + s1) + (s2 + s3));
 }
 
+/// The same of a row that fills R registers.
+template <int R>
+E2E_INLINE float dot(const float* a, const float* b) {
+  Lanes s[R];
+  for (int r = 0; r < R; ++r) s[r] = load(a + r * kLanes) * load(b + r * kLanes);
+  for (int half = R / 2; half; half /= 2)
+    for (int r = 0; r < half; ++r) s[r] += s[r + half];
+  return sum(s[0]);
+}
+
 /// y += c x
 E2E_INLINE void add_scaled(float* y, float c, const float* x, int64_t n) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) store(y + i, load(y + i) + c * load(x + i));
   if (i < n) store_part(y + i, load_part(y + i, n - i, 0) + c * load_part(x + i, n - i, 0), n - i);
+}
+
+/// Runs `narrow<R>()` where a row of `width` fills R registers and few enough of them, else `wide()`.
+template <class Narrow, class Wide>
+E2E_INLINE void by_width(int64_t width, Narrow narrow, Wide wide) {
+  if (width % kLanes) return wide();
+  switch (width / kLanes) {
+    case 1: return narrow.template operator()<1>();
+    case 2: return narrow.template operator()<2>();
+    case 4: return narrow.template operator()<4>();
+    case 8: return narrow.template operator()<8>();
+    default: return wide();
+  }
 }

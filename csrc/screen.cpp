@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <numeric>
 
 #include "simd.hpp"
@@ -31,16 +32,28 @@ struct ColumnSide {
   alignas(64) float scale[kTileCols], norm[kTileCols], error[kTileCols], bias[kTileCols], slack[kTileCols];
 };
 
-/// What a tile's rows contribute to ReLU's test, in units of each row's scale and with the greatest of their factors for all:
-///   upper / scale <= product · column scale + by_norm ‖w‖ + by_error ‖w - wq‖ + (bias + slack) / scale
-/// Only the first and the last term differ from row to row.
+// ReLU's test compares the stored rows' product with a limit, everything in units of both scales:
+//   xq·wq > - by_norm ‖w‖ - by_error ‖w - wq‖ - (bias + slack)
+// Each column brings its norm, its error and -(bias + slack); a tile of rows the greatest of their factors, for all of
+// them, and what a row's own unit makes of the bias.
+struct ColumnLimit {
+  alignas(64) float norm[kTileCols], error[kTileCols], bias[kTileCols];
+};
 struct TileSide {
   float by_norm = 0, by_error = 0, inverse[kTileRows];
 };
 
 // A candidate of ReLU's is one number, kHitRow · row of a block + column of a panel.
-constexpr int32_t kHitRow = 64;
+constexpr uint32_t kHitRow = 64;
 constexpr int64_t kSpare = 4;  // candidates written at once, whether they are there or not
+
+/// Packed rows, tile after tile, and the columns to multiply them with (tiles.hpp).
+struct PanelProduct {
+  Engine engine;
+  const uint32_t *rows, *columns;
+  int64_t words;
+  const int32_t* offset;
+};
 
 /// What a row contributes: the radius of a score is by_norm ‖w‖ + by_error ‖w - wq‖ + slack.
 struct RowSide {
@@ -82,7 +95,7 @@ class Packed {
       : job_(job), precision_(precision), engine_(engine_for(precision)), depth_((job.depth + 3) / 4 * 4),
         words_(words_per_row(precision, engine_, depth_)), panels_((job.features + kTileCols - 1) / kTileCols),
         columns_(panels_ * words_ * kTileCols), rows_((rows + kTileRows - 1) / kTileRows * kTileRows * words_),
-        column_side_(panels_), row_side_(rows + kTileRows), tile_side_((rows + kTileRows - 1) / kTileRows),
+        column_side_(panels_), column_limit_(panels_), row_side_(rows + kTileRows), tile_side_((rows + kTileRows - 1) / kTileRows),
         offset_(rows + kTileRows) {
     prefer_huge_pages(columns_.data, panels_ * words_ * kTileCols * 4);
     parallel_jobs(panels_, threads, [&](int64_t p, int) { pack_columns(p); });
@@ -106,19 +119,21 @@ class Packed {
                  static_cast<int32_t>(p * kTileCols), hits, found);
   }
 
-  /// Of the same rows and columns those whose score may be positive, rows counted from `first`. Returns how many;
-  /// writes up to kSpare more.
-  int64_t screen_positive(int64_t first, int64_t r, int64_t height, int64_t p, int32_t* hits) const {
-    alignas(64) float tile[kTileRows * kTileCols];
-    multiply_panels(r, p, tile);
-    return E2E_DISPATCH(positive_hits, tile, height, tile_side_[r / kTileRows], column_side_[p],
-                        static_cast<int32_t>(r - first), hits);
+  /// Of rows first … first + height - 1 (first a multiple of 8) and the columns of panel p those whose score may be
+  /// positive, rows counted from `first`. Returns how many; writes up to kSpare more.
+  int64_t screen_positive(int64_t first, int64_t height, int64_t p, int32_t* hits) const {
+    const PanelProduct product{engine_, rows_.data + first * words_, columns_.data + p * words_ * kTileCols, words_,
+                               offset_.data() + first};
+    return E2E_DISPATCH(positive_hits, product, height, &tile_side_[first / kTileRows], column_limit_[p], hits);
   }
 
  private:
   void multiply_panels(int64_t r, int64_t p, float* tile) const {
     multiply(engine_, rows_.data + r * words_, columns_.data + p * words_ * kTileCols, words_, offset_.data() + r, tile);
   }
+
+  /// The products of a row or column that was too small to be stored are 0 in any unit.
+  static float inverse_of(float scale) { return scale > 0x1p-110f ? 1 / scale : 1; }
 
   RoundedRow pack_row(const float* x, std::vector<uint32_t>& stored, std::vector<uint32_t>& scratch, uint32_t flip,
                       int64_t width, int64_t place, uint32_t* panel) {
@@ -134,12 +149,15 @@ class Packed {
     uint32_t* const panel = columns_.data + p * words_ * kTileCols;
     const uint32_t flip = column_flip(engine_);
     ColumnSide& side = column_side_[p];
+    ColumnLimit& limit = column_limit_[p];
     for (int64_t c = 0; c < kTileCols; ++c) {
       const int64_t j = p * kTileCols + c;
       if (j >= job_.features) {
         pack(nullptr, words_, flip, kTileCols, c, panel);
         side.scale[c] = side.norm[c] = side.error[c] = side.slack[c] = 0;
         side.bias[c] = -std::numeric_limits<float>::infinity();
+        limit.norm[c] = limit.error[c] = 0;
+        limit.bias[c] = std::numeric_limits<float>::infinity();
         continue;
       }
       const RoundedRow row = pack_row(job_.weight + j * job_.depth, stored, scratch, flip, kTileCols, c, panel);
@@ -149,7 +167,11 @@ class Packed {
       side.norm[c] = row.norm;
       side.error[c] = row.error;
       side.bias[c] = bias;
-      side.slack[c] = std::fabs(bias) * 0x1p-22f;
+      side.slack[c] = std::fabs(bias) * 0x1p-21f;
+      const float inverse = inverse_of(row.scale);
+      limit.norm[c] = row.norm * inverse;
+      limit.error[c] = row.error * inverse;
+      limit.bias[c] = -(bias + side.slack[c]) * inverse;
     }
   }
 
@@ -170,8 +192,7 @@ class Packed {
       const RoundedRow row = pack_row(job_.x + r * job_.depth, stored, scratch, 0, kTileRows, i, panel);
       const float rounded_norm = row.norm + row.error;
       row_side_[r] = {row.scale, 1.0001f * (row.error + accumulation * rounded_norm), 1.0001f * rounded_norm};
-      // The products of a row that was too small to be stored are 0 in any unit.
-      tile.inverse[i] = row.scale > 0x1p-110f ? 1 / row.scale : 1;
+      tile.inverse[i] = inverse_of(row.scale);
       tile.by_norm = std::max(tile.by_norm, row_side_[r].by_norm * tile.inverse[i]);
       tile.by_error = std::max(tile.by_error, row_side_[r].by_error * tile.inverse[i]);
       if (precision_ == Precision::int8) offset_[r] = int8_offset(reinterpret_cast<const int8_t*>(stored.data()), depth_);
@@ -184,6 +205,7 @@ class Packed {
   int64_t depth_, words_, panels_;
   Words columns_, rows_;
   std::vector<ColumnSide> column_side_;
+  std::vector<ColumnLimit> column_limit_;
   std::vector<RowSide> row_side_;
   std::vector<TileSide> tile_side_;
   std::vector<int32_t> offset_;
@@ -290,7 +312,7 @@ bool Positives::screen(const Scoring& job, Precision precision, int64_t share, i
   parallel_jobs(trial_blocks, threads, [&](int64_t b, int) {
     std::vector<int32_t> hits(kTileRows * kTileCols + kSpare);
     for (int64_t p = 0; p < packed.panels(); ++p)
-      candidates += packed.screen_positive(blocks_[b].first, blocks_[b].first, blocks_[b].rows, p, hits.data());
+      candidates += packed.screen_positive(blocks_[b].first, blocks_[b].rows, p, hits.data());
   });
   if (candidates * share > trial * job.features) {
     blocks_.clear();
@@ -303,27 +325,31 @@ bool Positives::screen(const Scoring& job, Precision precision, int64_t share, i
 
 /// Panel by panel, so that the candidates' rows of the weight are read from a cache.
 void Positives::screen_block(Block& block, const Packed& packed, const Scoring& job) {
+  const int64_t limit = std::min(limit_, job.features);
   std::vector<int32_t> hits(block.rows * kTileCols + kSpare);
-  std::vector<float> scores(block.rows * kTileCols);
-  std::vector<Found> found(block.rows * kTileCols);
   const float* const x = job.x + block.first * job.depth;
   int32_t* const active = active_.data() + block.first;
+  int64_t room = 0;
+  std::unique_ptr<Found[]> lists;
   for (int64_t p = 0; p < packed.panels(); ++p) {
-    int64_t count = 0;
-    for (int64_t r = 0; r < block.rows; r += kTileRows)
-      count += packed.screen_positive(block.first, block.first + r, std::min(kTileRows, block.rows - r), p, hits.data() + count);
-    const int64_t first = p * kTileCols;
-    E2E_DISPATCH(score_hits, x, job.weight + first * job.depth, job.bias ? job.bias + first : nullptr, job.depth,
-                 hits.data(), count, scores.data());
-    int64_t kept = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      const int32_t row = hits[i] / kHitRow, column = hits[i] % kHitRow;
-      const bool positive = !(scores[i] <= 0);
-      found[kept] = {row, static_cast<int32_t>(first) + column, scores[i]};
-      kept += positive && active[row] < limit_;
-      active[row] += positive;
+    // One place more than a row may fill: scores that are not positive are written too, and not kept.
+    const int64_t fullest = std::min<int64_t>(*std::max_element(active, active + block.rows), limit);
+    if (fullest + kTileCols >= room) {
+      const int64_t wider = 2 * room + 2 * kTileCols;
+      std::unique_ptr<Found[]> grown(new Found[block.rows * wider]);
+      for (int64_t r = 0; r < block.rows; ++r)
+        std::copy_n(lists.get() + r * room, std::min<int64_t>(active[r], limit), grown.get() + r * wider);
+      lists = std::move(grown);
+      room = wider;
     }
-    block.found.insert(block.found.end(), found.begin(), found.begin() + kept);
+    const int64_t count = packed.screen_positive(block.first, block.rows, p, hits.data()), first = p * kTileCols;
+    E2E_DISPATCH(score_hits, x, job.weight + first * job.depth, job.bias ? job.bias + first : nullptr, job.depth,
+                 hits.data(), count, static_cast<int32_t>(first), lists.get(), room, static_cast<int32_t>(limit), active);
+  }
+  for (int64_t r = 0; r < block.rows; ++r) {
+    const Found* const row = lists.get() + r * room;
+    block.lengths.push_back(static_cast<int32_t>(std::min<int64_t>(active[r], limit)));
+    block.found.insert(block.found.end(), row, row + block.lengths.back());
   }
 }
 

@@ -67,37 +67,52 @@ static void screen_tile(const float* tile, int64_t height, const RowSide* rows, 
   }
 }
 
-/// The columns of a tile whose score may exceed 0, row after row; returns how many. Writes up to kSpare beyond them.
-static int64_t positive_hits(const float* tile, int64_t height, const TileSide& rows, const ColumnSide& columns,
-                             int32_t first, int32_t* hits) {
-  uint64_t mask[kTileRows] = {};
-  for (int64_t c = 0; c < kTileCols; c += kLanes) {
-    const Lanes scale = load(columns.scale + c), offset = load(columns.bias + c) + load(columns.slack + c);
-    const Lanes radius = rows.by_norm * load(columns.norm + c) + rows.by_error * load(columns.error + c);
-    for (int64_t r = 0; r < kTileRows; ++r) {
-      const Lanes upper = load(tile + r * kTileCols + c) * scale + radius + offset * rows.inverse[r];
-      mask[r] |= static_cast<uint64_t>(not_below(upper, 0)) << c;
-    }
-  }
+/// The columns of a panel whose score may exceed 0, row after row; returns how many. Writes up to kSpare beyond them.
+static int64_t positive_hits(const PanelProduct& product, int64_t height, const TileSide* tiles, const ColumnLimit& columns,
+                             int32_t* hits) {
   constexpr uint64_t kNone = uint64_t{1} << 63;  // beyond all columns; without it the compiler would branch
   int32_t* out = hits;
-  for (int64_t r = 0; r < height; ++r) {
-    const int32_t row = (first + static_cast<int32_t>(r)) * kHitRow;
-    // So many at once without looking whether they are there: a loop's end that comes as a surprise costs more.
-    uint64_t bits = mask[r];
-    const int64_t count = __builtin_popcountll(bits);
-    for (int64_t i = 0; i < count || i == 0; i += kSpare)
-      for (int64_t k = 0; k < kSpare; ++k, bits &= bits - 1) out[i + k] = row + __builtin_ctzll(bits | kNone);
-    out += count;
+  for (int64_t first = 0; first < height; first += kTileRows) {
+    const TileSide& rows = tiles[first / kTileRows];
+    alignas(64) float base[kTileCols];
+    for (int64_t c = 0; c < kTileCols; c += kLanes)
+      store(base + c, -(rows.by_norm * load(columns.norm + c) + rows.by_error * load(columns.error + c)));
+    uint64_t above[kTileRows];
+    multiply_above(product.engine, product.rows + first * product.words, product.columns, product.words,
+                   product.offset + first, base, columns.bias, rows.inverse, above);
+    const int64_t end = first + kTileRows < height ? first + kTileRows : height;
+    for (int64_t r = first; r < end; ++r) {
+      const int32_t row = static_cast<int32_t>(r * kHitRow);
+      // So many at once without looking whether they are there: a loop's end that comes as a surprise costs more.
+      uint64_t bits = above[r - first];
+      const int64_t count = __builtin_popcountll(bits);
+      for (int64_t i = 0; i < count || i == 0; i += kSpare)
+        for (int64_t k = 0; k < kSpare; ++k, bits &= bits - 1) out[i + k] = row + __builtin_ctzll(bits | kNone);
+      out += count;
+    }
   }
   return out - hits;
 }
 
-/// scores[i] = x[row] · w[column] + bias[column] of each hit.
+/// z = x[row] · w[column] + bias[column] of each hit; where z > 0 or NaN it becomes the row's next in `lists` (`room` a row,
+/// those beyond `limit` written over each other), and `active[row]` counts it. w and bias begin with feature `first`.
 static void score_hits(const float* x, const float* w, const float* bias, int64_t depth, const int32_t* hits, int64_t count,
-                       float* scores) {
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t row = hits[i] / kHitRow, column = hits[i] % kHitRow;
-    scores[i] = dot(x + row * depth, w + column * depth, depth) + (bias ? bias[column] : 0);
-  }
+                       int32_t first, Found* lists, int64_t room, int32_t limit, int32_t* active) {
+  const auto each = [&](const auto& product) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t row = static_cast<uint32_t>(hits[i]) / kHitRow, column = static_cast<uint32_t>(hits[i]) % kHitRow;
+      const float z = product(x + row * depth, w + column * depth) + (bias ? bias[column] : 0);
+      const int32_t place = active[row] < limit ? active[row] : limit;
+      lists[row * room + place] = {z, first + static_cast<int32_t>(column)};
+      active[row] += !(z <= 0);
+    }
+  };
+  by_width(
+      depth,
+      [&]<int R>() __attribute__((always_inline)) {
+        each([](const float* a, const float* b) __attribute__((always_inline)) { return dot<R>(a, b); });
+      },
+      [&]() __attribute__((always_inline)) {
+        each([&](const float* a, const float* b) __attribute__((always_inline)) { return dot(a, b, depth); });
+      });
 }

@@ -135,7 +135,7 @@ Positives::Positives(int64_t rows, int64_t limit)
 
 /// Appends blocks of `block` rows that cover [begin, end).
 void Positives::divide(int64_t begin, int64_t end, int64_t block) {
-  for (int64_t first = begin; first < end; first += block) blocks_.push_back({first, std::min(block, end - first), {}});
+  for (int64_t first = begin; first < end; first += block) blocks_.push_back({first, std::min(block, end - first), {}, {}});
 }
 
 void Positives::add(const float* scores, int64_t columns, int64_t first, int threads) {
@@ -143,16 +143,17 @@ void Positives::add(const float* scores, int64_t columns, int64_t first, int thr
   parallel_jobs(static_cast<int64_t>(blocks_.size()), threads, [&](int64_t job, int) {
     Block& block = blocks_[job];
     std::vector<Candidate> hits(kSegment);
-    for (int64_t r = 0; r < block.rows; ++r)
+    for (int64_t row = block.first; row < block.first + block.rows; ++row) {
+      const size_t before = block.found.size();
       for (int64_t c = 0; c < columns; c += kSegment) {
-        const int64_t row = block.first + r;
         const int64_t count = E2E_DISPATCH(scan_scores, scores + row * columns + c, std::min(columns - c, kSegment), 0.f,
                                            static_cast<int32_t>(first + c), hits.data());
         const int64_t stored = std::clamp<int64_t>(limit_ - active_[row], 0, count);
-        for (int64_t i = 0; i < stored; ++i)
-          block.found.push_back({static_cast<int32_t>(r), hits[i].index, hits[i].upper});
+        for (int64_t i = 0; i < stored; ++i) block.found.push_back({hits[i].upper, hits[i].index});
         active_[row] += static_cast<int32_t>(count);
       }
+      block.lengths.push_back(static_cast<int32_t>(block.found.size() - before));
+    }
   });
 }
 
@@ -161,18 +162,19 @@ int64_t Positives::fullest() const { return active_.empty() ? 0 : *std::max_elem
 void Positives::finish(float* values, int32_t* indices, int32_t* count, int64_t slots, int threads) const {
   std::copy(active_.begin(), active_.end(), count);
   const auto fill = [&](const Block& block) {
-    std::vector<int64_t> next(block.rows);
-    for (int64_t r = 0; r < block.rows; ++r) next[r] = (block.first + r) * slots;
-    for (const Found& f : block.found) {
-      int64_t& at = next[f.row];
-      if (at == (block.first + f.row + 1) * slots) continue;
-      values[at] = f.value;
-      indices[at++] = f.index;
+    std::vector<int64_t> filled(block.rows);
+    const Found* next = block.found.data();
+    for (size_t i = 0; i < block.lengths.size(); ++i) {
+      const int64_t r = static_cast<int64_t>(i) % block.rows, to = (block.first + r) * slots + filled[r];
+      const int64_t room = std::min<int64_t>(block.lengths[i], slots - filled[r]);
+      for (int64_t k = 0; k < room; ++k) values[to + k] = next[k].value, indices[to + k] = next[k].index;
+      filled[r] += room;
+      next += block.lengths[i];
     }
     for (int64_t r = 0; r < block.rows; ++r) {
-      const int64_t end = (block.first + r + 1) * slots;
-      std::fill(values + next[r], values + end, 0.f);
-      std::fill(indices + next[r], indices + end, 0);
+      const int64_t row = (block.first + r) * slots;
+      std::fill(values + row + filled[r], values + row + slots, 0.f);
+      std::fill(indices + row + filled[r], indices + row + slots, 0);
     }
   };
   if (blocks_.empty()) {  // nothing was added
@@ -185,22 +187,11 @@ void Positives::finish(float* values, int32_t* indices, int32_t* count, int64_t 
 void decode(const float* values, const int32_t* indices, int64_t rows, int64_t slots, const float* weight,
             int64_t features, int64_t width, bool normalize, const float* bias, Slots which, float* y, int threads) {
   const bool keep_negative = which == Slots::nonzero;
-  std::vector<uint8_t> used(normalize ? features : 0);
+  std::vector<float> scales(normalize ? features : 0);
   parallel_for(rows, grain(rows, threads), threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin * slots; i < end * slots; ++i) {
-      check_index(indices[i], features);
-      if (normalize) std::atomic_ref(used[indices[i]]).store(1, std::memory_order_relaxed);
-    }
-  });
-  std::vector<float> scales(used.size());
-  parallel_for(static_cast<int64_t>(used.size()), kFeaturesAtOnce, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t j = begin; j < end; ++j)
-      if (used[j]) scales[j] = E2E_DISPATCH(row_scale, weight + j * width, width);
-  });
-  const float* const scale = normalize ? scales.data() : nullptr;
-  parallel_for(rows, grain(rows, threads), threads, [&](int64_t begin, int64_t end) {
-    E2E_DISPATCH(decode_rows, values + begin * slots, indices + begin * slots, end - begin, slots, weight, width, scale, bias,
-                 keep_negative, y + begin * width);
+    for (int64_t i = begin * slots; i < end * slots; ++i) check_index(indices[i], features);
+    E2E_DISPATCH(decode_rows, values + begin * slots, indices + begin * slots, end - begin, slots, weight, width,
+                 normalize ? scales.data() : nullptr, bias, keep_negative, y + begin * width);
   });
 }
 
@@ -242,10 +233,10 @@ Transposed transpose(const Backward& job, int threads) {
     for (int64_t n = first; n < last; ++n)
       for (int64_t k = 0; k < job.slots; ++k) {
         const int64_t i = n * job.slots + k;
-        if (job.values[i] <= 0)
-          job.dvalues[i] = 0;
-        else
+        if (!(job.values[i] <= 0))
           code.slots[to[job.indices[i]]++] = {static_cast<int32_t>(n), static_cast<int32_t>(k), job.values[i]};
+        else if (job.dvalues)
+          job.dvalues[i] = 0;
       }
   });
   return code;

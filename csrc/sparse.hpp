@@ -15,10 +15,10 @@ struct Scoring {
   int64_t features, depth;
 };
 
-/// A positive score: its row within a block of rows.
+/// A positive score and its feature.
 struct Found {
-  int32_t row, index;
   float value;
+  int32_t index;
 };
 
 /// Both sides of the scores in low precision (screen.cpp).
@@ -96,9 +96,10 @@ class Positives {
   void finish(float* values, int32_t* indices, int32_t* count, int64_t slots, int threads) const;
 
  private:
-  /// Consecutive rows, and what they keep in the order of finding: features ascending within a row.
+  /// Consecutive rows, and what they keep: round after round, in each row after row, features ascending.
   struct Block {
     int64_t first, rows;
+    std::vector<int32_t> lengths;  // of each row in each round
     std::vector<Found> found;
   };
   void divide(int64_t begin, int64_t end, int64_t block);
@@ -132,7 +133,7 @@ struct Backward {
   float* dW_dec;   // (F, D) or null
   float* dW_enc;   // (F, D) or null
   float* db_enc;   // (F) with dW_enc
-  float* dvalues;  // (N, K)
+  float* dvalues;  // (N, K) or null
 
   float dvalue_in(int64_t n, int64_t k) const { return dvalues_in ? dvalues_in[n * stride_n + k * stride_k] : 0; }
 };

@@ -18,24 +18,23 @@ static float row_scale(const float* w, int64_t n) {
   return 1 / (norm < 1e-12f ? 1e-12f : norm);
 }
 
-E2E_INLINE bool unused(float value, bool keep_negative) { return keep_negative ? value == 0 : value <= 0; }
-
-/// Runs `narrow<R>()` where a row of `width` fills R registers and few enough of them, else `wide()`.
-template <class Narrow, class Wide>
-E2E_INLINE void by_width(int64_t width, Narrow narrow, Wide wide) {
-  if (width % kLanes) return wide();
-  switch (width / kLanes) {
-    case 1: return narrow.template operator()<1>();
-    case 2: return narrow.template operator()<2>();
-    case 4: return narrow.template operator()<4>();
-    case 8: return narrow.template operator()<8>();
-    default: return wide();
+/// The scale of row j, measured by whoever needs it first: 0 until then. Others may do the same meanwhile; all find one
+/// number. Only these few writes go to memory that other cores read.
+E2E_INLINE float scale_of(float* scale, int64_t j, const float* w, int64_t n) {
+  float s;
+  __atomic_load(scale + j, &s, __ATOMIC_RELAXED);
+  if (__builtin_expect(s == 0, 0)) {
+    s = row_scale(w, n);
+    __atomic_store(scale + j, &s, __ATOMIC_RELAXED);
   }
+  return s;
 }
+
+E2E_INLINE bool unused(float value, bool keep_negative) { return keep_negative ? value == 0 : value <= 0; }
 
 /// y = bias + Σ_k values[k] scale[j] weight[j]
 E2E_INLINE void decode_row(const float* values, const int32_t* indices, int64_t slots, const float* weight, int64_t width,
-                           const float* scale, const float* bias, bool keep_negative, float* y) {
+                           float* scale, const float* bias, bool keep_negative, float* y) {
   if (bias)
     __builtin_memcpy(y, bias, static_cast<size_t>(width) * sizeof(float));
   else
@@ -47,28 +46,28 @@ E2E_INLINE void decode_row(const float* values, const int32_t* indices, int64_t 
       const int64_t bytes = width * 4 < 1024 ? width * 4 : 1024;
       for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(ahead + line);
     }
-    const float c = scale ? values[k] * scale[indices[k]] : values[k];
-    add_scaled(y, c, weight + static_cast<int64_t>(indices[k]) * width, width);
+    const float* const w = weight + static_cast<int64_t>(indices[k]) * width;
+    add_scaled(y, scale ? values[k] * scale_of(scale, indices[k], w, width) : values[k], w, width);
   }
 }
 
 /// The same with y in R registers.
 template <int R>
 E2E_INLINE void decode_row(const float* values, const int32_t* indices, int64_t slots, const float* weight,
-                           const float* scale, const float* bias, bool keep_negative, float* y) {
+                           float* scale, const float* bias, bool keep_negative, float* y) {
   Lanes sum[R];
   for (int r = 0; r < R; ++r) sum[r] = bias ? load(bias + r * kLanes) : Lanes{};
   for (int64_t k = 0; k < slots; ++k) {
     if (unused(values[k], keep_negative)) continue;
-    const float c = scale ? values[k] * scale[indices[k]] : values[k];
     const float* const w = weight + static_cast<int64_t>(indices[k]) * (R * kLanes);
+    const float c = scale ? values[k] * scale_of(scale, indices[k], w, R * kLanes) : values[k];
     for (int r = 0; r < R; ++r) sum[r] += c * load(w + r * kLanes);
   }
   for (int r = 0; r < R; ++r) store(y + r * kLanes, sum[r]);
 }
 
 static void decode_rows(const float* values, const int32_t* indices, int64_t rows, int64_t slots, const float* weight,
-                        int64_t width, const float* scale, const float* bias, bool keep_negative, float* y) {
+                        int64_t width, float* scale, const float* bias, bool keep_negative, float* y) {
   const auto each = [&](const auto& row) __attribute__((always_inline)) {
     for (int64_t n = 0; n < rows; ++n) row(values + n * slots, indices + n * slots, y + n * width);
   };
@@ -135,7 +134,7 @@ E2E_INLINE void backward_wide(const Backward& job, int64_t j, const Slot* slots,
       const float* const g = job.g + token * D;
       dv += s * (a ? dot_and_add(a, slots[i].value, g, w, D) : dot(g, w, D));
     }
-    job.dvalues[slot] = dv;
+    if (job.dvalues) job.dvalues[slot] = dv;
     db += dv;
     if (e) add_scaled(e, dv, job.x + token * D, D);
   }
@@ -176,7 +175,7 @@ E2E_INLINE void backward_narrow(const Backward& job, int64_t j, const Slot* slot
       a[r] += slots[i].value * v;
     }
     const float dv = job.dvalue_in(token, slots[i].place) + s * sum(product);
-    job.dvalues[token * job.slots + slots[i].place] = dv;
+    if (job.dvalues) job.dvalues[token * job.slots + slots[i].place] = dv;
     db += dv;
     for (int r = 0; r < R; ++r) e[r] += dv * load(x + r * kLanes);
   }

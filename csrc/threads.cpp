@@ -21,27 +21,52 @@
 namespace e2e {
 namespace {
 
-/// One parallel loop: pieces are handed out by an atomic counter.
-struct Loop {
-  int64_t count, grain;
-  const std::function<void(int64_t, int64_t)>& body;
-  std::atomic<int64_t> next{0};
-  std::mutex mutex{};
-  std::exception_ptr error{};
+/// One parallel loop. Every thread has a share of consecutive pieces, the same in every loop of one length, so that what it
+/// wrote in one loop is in its core's cache in the next; who is done takes pieces from the others' shares.
+class Loop {
+ public:
+  Loop(int64_t count, int64_t grain, int threads, const std::function<void(int64_t, int64_t)>& body)
+      : grain_(grain), threads_(threads), body_(body), shares_(new Share[threads]) {
+    const int64_t pieces = (count + grain - 1) / grain;
+    for (int t = 0; t < threads; ++t) {
+      shares_[t].next = t * pieces / threads * grain;
+      shares_[t].end = std::min(count, (t + 1) * pieces / threads * grain);
+    }
+  }
 
-  void work() {
+  /// What thread `number` of the loop does.
+  void work(int number) {
+    for (int i = 0; i < threads_; ++i) take_all(shares_[(number + i) % threads_]);
+  }
+
+  std::exception_ptr error() const { return error_; }
+
+ private:
+  struct alignas(64) Share {  // a cache line each
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+
+  void take_all(Share& share) {
     for (;;) {
-      const int64_t begin = next.fetch_add(grain, std::memory_order_relaxed);
-      if (begin >= count) return;
+      const int64_t begin = share.next.fetch_add(grain_, std::memory_order_relaxed);
+      if (begin >= share.end) return;
       try {
-        body(begin, std::min(count, begin + grain));
+        body_(begin, std::min(share.end, begin + grain_));
       } catch (...) {
-        const std::lock_guard lock(mutex);
-        if (!error) error = std::current_exception();
-        next.store(count, std::memory_order_relaxed);
+        const std::lock_guard lock(mutex_);
+        if (!error_) error_ = std::current_exception();
+        for (int t = 0; t < threads_; ++t) shares_[t].next.store(shares_[t].end, std::memory_order_relaxed);
       }
     }
   }
+
+  const int64_t grain_;
+  const int threads_;
+  const std::function<void(int64_t, int64_t)>& body_;
+  const std::unique_ptr<Share[]> shares_;
+  std::mutex mutex_;
+  std::exception_ptr error_;
 };
 
 /// Set on the pool's workers, and on a caller while its loop runs: a loop inside a loop stays on its thread.
@@ -55,13 +80,24 @@ std::atomic<bool> own_forced{false};
 /// GNU's entry to a parallel region, which Intel's and LLVM's runtimes have too: region(data) on every thread of a team.
 using ParallelRegion = void (*)(void (*region)(void*), void* data, unsigned threads, unsigned flags);
 
+struct OpenMP {
+  ParallelRegion parallel = nullptr;
+  int (*thread_number)() = nullptr;
+
+  /// Looks both up in a scope; whether they are there.
+  bool find(void* scope) {
+    parallel = reinterpret_cast<ParallelRegion>(dlsym(scope, "GOMP_parallel"));
+    thread_number = reinterpret_cast<int (*)()>(dlsym(scope, "omp_get_thread_num"));
+    return parallel && thread_number;
+  }
+};
+
 /// The runtime that torch itself would reach: the global scope comes first, then what libtorch depends on (Python loads
 /// it privately).
-ParallelRegion find_openmp() {
+OpenMP find_openmp() {
+  OpenMP runtime;
 #if defined(__linux__)
-  constexpr const char* kName = "GOMP_parallel";
-  void* symbol = dlsym(RTLD_DEFAULT, kName);
-  if (symbol) return reinterpret_cast<ParallelRegion>(symbol);
+  if (runtime.find(RTLD_DEFAULT)) return runtime;
   std::string torch;
   dl_iterate_phdr(
       [](dl_phdr_info* library, size_t, void* name) {
@@ -71,24 +107,28 @@ ParallelRegion find_openmp() {
       },
       &torch);
   void* const handle = torch.empty() ? nullptr : dlopen(torch.c_str(), RTLD_LAZY | RTLD_NOLOAD);
-  if (handle) symbol = dlsym(handle, kName);  // the handle is kept: Python never unloads torch
-  return reinterpret_cast<ParallelRegion>(symbol);
-#else
-  return nullptr;
+  if (handle && runtime.find(handle)) return runtime;  // the handle is kept: Python never unloads torch
 #endif
+  return {};
 }
 
-/// Looked up at the first loop.
-ParallelRegion openmp() {
-  static const ParallelRegion found = find_openmp();
-  return forked || own_forced ? nullptr : found;
+/// Looked up at the first loop; null where there is none, or where it must not be used.
+const OpenMP* openmp() {
+  static const OpenMP found = find_openmp();
+  return forked || own_forced || !found.parallel ? nullptr : &found;
 }
 
-void run_region(void* loop) {
-  inside = true;
-  static_cast<Loop*>(loop)->work();
-  inside = false;
-}
+struct Region {
+  Loop& loop;
+  const OpenMP& runtime;
+
+  static void run(void* data) {
+    const auto& region = *static_cast<Region*>(data);
+    inside = true;
+    region.loop.work(region.runtime.thread_number());
+    inside = false;
+  }
+};
 
 // ---- threads of our own -------------------------------------------------------------------------------------------------
 
@@ -99,7 +139,7 @@ class Pool {
     {
       const std::lock_guard lock(mutex_);
       try {
-        for (; workers_ < helpers; ++workers_) std::thread([this] { serve(); }).detach();
+        for (; workers_ < helpers; ++workers_) std::thread([this, number = workers_ + 1] { serve(number); }).detach();
       } catch (const std::system_error&) {
         // No more threads to be had: those that exist, or the caller alone, do the work.
       }
@@ -107,7 +147,7 @@ class Pool {
       wanted_ = std::min(helpers, workers_);
     }
     wake_.notify_all();
-    loop.work();
+    loop.work(0);
     std::unique_lock lock(mutex_);
     wanted_ = 0;  // whoever has not started yet finds nothing left to do
     done_.wait(lock, [this] { return active_ == 0; });
@@ -115,7 +155,7 @@ class Pool {
   }
 
  private:
-  void serve() {
+  void serve(int number) {
     inside = true;
     std::unique_lock lock(mutex_);
     for (;;) {
@@ -124,7 +164,7 @@ class Pool {
       ++active_;
       Loop* const loop = loop_;
       lock.unlock();
-      loop->work();
+      loop->work(number);
       lock.lock();
       if (--active_ == 0) done_.notify_one();
     }
@@ -165,21 +205,21 @@ void force_own_threads(bool own) { own_forced = own; }
 void parallel_for(int64_t count, int64_t grain, int threads, const std::function<void(int64_t, int64_t)>& body) {
   if (count <= 0) return;
   grain = std::max<int64_t>(grain, 1);
-  const int64_t pieces = (count + grain - 1) / grain;
-  const int helpers = static_cast<int>(std::min<int64_t>(threads, pieces)) - 1;
-  Loop loop{.count = count, .grain = grain, .body = body};
-  if (helpers <= 0 || inside) {
-    loop.work();
-  } else if (const ParallelRegion region = openmp()) {
+  const int workers = inside ? 1 : static_cast<int>(std::clamp<int64_t>((count + grain - 1) / grain, 1, std::max(threads, 1)));
+  Loop loop(count, grain, workers, body);
+  if (workers == 1) {
+    loop.work(0);
+  } else if (const OpenMP* const runtime = openmp()) {
     // The whole team even where the pieces are fewer: libgomp ends the threads that a smaller team leaves out.
-    region(run_region, &loop, static_cast<unsigned>(threads), 0);
+    Region region{loop, *runtime};
+    runtime->parallel(Region::run, &region, static_cast<unsigned>(threads), 0);
   } else {
     const std::lock_guard lock(pool_mutex);
     inside = true;
-    the_pool().run(loop, helpers);
+    the_pool().run(loop, workers - 1);
     inside = false;
   }
-  if (loop.error) std::rethrow_exception(loop.error);
+  if (loop.error()) std::rethrow_exception(loop.error());
 }
 
 }  // namespace e2e

@@ -65,22 +65,42 @@ struct Int8Step {
   }
 };
 
-#define E2E_TILE(NAME, STEP, TARGET)                                                                              \
-  __attribute__((target(TARGET))) void NAME(const uint32_t* a, const uint32_t* b, int64_t words,                  \
-                                            const int32_t* offset, __m512 (&out)[kTileRows][kVectors]) {              \
-    STEP::Acc acc[kTileRows][kVectors];                                                                               \
-    _Pragma("GCC unroll 8") for (int r = 0; r < kTileRows; ++r)                                                       \
-        _Pragma("GCC unroll 3") for (int v = 0; v < kVectors; ++v) acc[r][v] = STEP::zero();                       \
-    for (int64_t k = 0; k < words; ++k, a += kTileRows, b += kTileCols) {                                                 \
-      const __m512i b0 = _mm512_load_si512(b), b1 = _mm512_load_si512(b + 16), b2 = _mm512_load_si512(b + 32);    \
-      _Pragma("GCC unroll 8") for (int r = 0; r < kTileRows; ++r) {                                                   \
-        acc[r][0] = STEP::step(acc[r][0], a + r, b0);                                                             \
-        acc[r][1] = STEP::step(acc[r][1], a + r, b1);                                                             \
-        acc[r][2] = STEP::step(acc[r][2], a + r, b2);                                                             \
-      }                                                                                                           \
-    }                                                                                                             \
-    _Pragma("GCC unroll 8") for (int r = 0; r < kTileRows; ++r)                                                       \
-        _Pragma("GCC unroll 3") for (int v = 0; v < kVectors; ++v) out[r][v] = STEP::result(acc[r][v], offset[r]); \
+/// `acc` (8, 3) becomes the products of the panels, in vectors of 16 columns.
+template <class Step>
+using Sums = typename Step::Acc[kTileRows][kVectors];
+#define E2E_MULTIPLY(STEP, acc)                                                                                      \
+  Sums<STEP> acc;                                                                                                    \
+  _Pragma("GCC unroll 8") for (int r = 0; r < kTileRows; ++r)                                                        \
+      _Pragma("GCC unroll 3") for (int v = 0; v < kVectors; ++v) acc[r][v] = STEP::zero();                           \
+  for (int64_t k = 0; k < words; ++k, a += kTileRows, b += kTileCols) {                                              \
+    const __m512i b0 = _mm512_load_si512(b), b1 = _mm512_load_si512(b + 16), b2 = _mm512_load_si512(b + 32);         \
+    _Pragma("GCC unroll 8") for (int r = 0; r < kTileRows; ++r) {                                                    \
+      acc[r][0] = STEP::step(acc[r][0], a + r, b0);                                                                  \
+      acc[r][1] = STEP::step(acc[r][1], a + r, b1);                                                                  \
+      acc[r][2] = STEP::step(acc[r][2], a + r, b2);                                                                  \
+    }                                                                                                                \
+  }
+#define E2E_TILE(NAME, STEP, TARGET)                                                                                 \
+  __attribute__((target(TARGET))) void NAME(const uint32_t* a, const uint32_t* b, int64_t words,                     \
+                                            const int32_t* offset, __m512 (&out)[kTileRows][kVectors]) {             \
+    E2E_MULTIPLY(STEP, acc)                                                                                          \
+    _Pragma("GCC unroll 8") for (int r = 0; r < kTileRows; ++r)                                                      \
+        _Pragma("GCC unroll 3") for (int v = 0; v < kVectors; ++v) out[r][v] = STEP::result(acc[r][v], offset[r]);   \
+  }                                                                                                                  \
+  __attribute__((target(TARGET))) void NAME##_above(const uint32_t* a, const uint32_t* b, int64_t words,             \
+                                                    const int32_t* offset, const float* base, const float* slope,    \
+                                                    const float* unit, uint64_t* above) {                            \
+    E2E_MULTIPLY(STEP, acc)                                                                                          \
+    _Pragma("GCC unroll 8") for (int r = 0; r < kTileRows; ++r) {                                                    \
+      uint64_t bits = 0;                                                                                             \
+      _Pragma("GCC unroll 3") for (int v = 0; v < kVectors; ++v) {                                                   \
+        const __m512 limit = _mm512_fmadd_ps(_mm512_load_ps(slope + 16 * v), _mm512_set1_ps(unit[r]),                \
+                                             _mm512_load_ps(base + 16 * v));                                         \
+        const __m512 product = STEP::result(acc[r][v], offset[r]);                                                   \
+        bits |= static_cast<uint64_t>(_mm512_cmp_ps_mask(product, limit, _CMP_NLE_UQ)) << (16 * v);                  \
+      }                                                                                                              \
+      above[r] = bits;                                                                                               \
+    }                                                                                                                \
   }
 E2E_TILE(tile_float32, FloatStep, E2E_TARGET)
 E2E_TILE(tile_bfloat16, Bf16Step, E2E_TARGET ",avx512bf16")
@@ -147,6 +167,27 @@ void multiply(Engine engine, const uint32_t* rows, const uint32_t* columns, int6
   (void)engine, (void)offset;
 #endif
   tile_generic(rows, columns, words, out);
+}
+
+void multiply_above(Engine engine, const uint32_t* rows, const uint32_t* columns, int64_t words, const int32_t* offset,
+                    const float* base, const float* slope, const float* unit, uint64_t* above) {
+#if E2E_X86
+  switch (engine) {
+    case Engine::float32: return tile_float32_above(rows, columns, words, offset, base, slope, unit, above);
+    case Engine::bfloat16: return tile_bfloat16_above(rows, columns, words, offset, base, slope, unit, above);
+    case Engine::int8: return tile_int8_above(rows, columns, words, offset, base, slope, unit, above);
+    case Engine::generic: break;
+  }
+#endif
+  alignas(64) float tile[kTileRows * kTileCols];
+  multiply(engine, rows, columns, words, offset, tile);
+  for (int64_t r = 0; r < kTileRows; ++r) {
+    above[r] = 0;
+    for (int64_t c = 0; c < kTileCols; ++c) {
+      const bool exceeds = !(tile[r * kTileCols + c] <= base[c] + slope[c] * unit[r]);
+      above[r] |= static_cast<uint64_t>(exceeds) << c;
+    }
+  }
 }
 
 Words::Words(int64_t count) : data(static_cast<uint32_t*>(std::aligned_alloc(64, (count * 4 + 63) / 64 * 64 + 64))) {

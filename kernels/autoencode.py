@@ -182,11 +182,11 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, g, dvalues, dindices, dcount):
-    gradients, _ = _weight_gradients(ctx, ctx.saved_tensors, g, dvalues)
+    gradients, _ = _weight_gradients(ctx, ctx.saved_tensors, g, dvalues, need_dvalues=False)
     return *gradients, *(None,) * 5
 
 
-def _weight_gradients(ctx, saved, g, dvalues):
+def _weight_gradients(ctx, saved, g, dvalues, need_dvalues):
     """Those of x, W_enc, b_enc, W_dec and b_dec, None where not needed; and dvalues, where anything arrived."""
     if g is None and dvalues is None:
         return (None,) * 5, None
@@ -196,7 +196,7 @@ def _weight_gradients(ctx, saved, g, dvalues):
     need_W_dec = need_W_dec and g is not None
     dW_dec, dW_enc, db_enc, dv, dx = code_backward(
         values, indices, dvalues, g, None if g is None else W_dec, x, W_enc,
-        ctx.normalize, need_W_dec, need_W_enc or need_b_enc, need_x, inverse_norms,
+        ctx.normalize, need_W_dec, need_W_enc or need_b_enc, need_x, inverse_norms, need_dvalues,
     )  # fmt: skip
     gradients = (
         dx if need_x else None,
@@ -248,9 +248,10 @@ def _setup_context_jump(ctx, inputs, output):
 
 def _backward_jump(ctx, g, dvalues, dindices, dcount, dl0, dband):
     *saved, threshold, band = ctx.saved_tensors
-    gradients, dv = _weight_gradients(ctx, saved, g, dvalues)
+    need_threshold = ctx.needs_input_grad[5]
+    gradients, dv = _weight_gradients(ctx, saved, g, dvalues, need_threshold)
     dthreshold = None
-    if ctx.needs_input_grad[5]:
+    if need_threshold:
         if dv is not None:
             _, _, W_dec, values, indices, inverse_norms = saved
             dv = dv + silent_gradients(values, indices, band, dvalues, g, W_dec, ctx.normalize, inverse_norms)

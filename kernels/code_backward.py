@@ -14,7 +14,7 @@ Operator: ``e2e_fast::code_backward(values, indices, dvalues?, g?, W_dec?, x?, W
 need_dW_enc, need_dx, inverse_norms?) -> (dW_dec, dW_enc, db_enc, dvalues, dx)``. ``g`` and ``W_dec`` come together
 (absent: the code was not decoded), so do ``x`` and ``W_enc`` (absent: not encoded). dW_dec, dW_enc (F, D) and dx (N, D)
 have the dtypes of W_dec, W_enc and x, db_enc (F,) W_enc's, dvalues (N, K) that of values and 0 in unused slots; what is
-not needed has shape (0,), db_enc goes with dW_enc, dvalues is always there. Gradients may have any strides.
+not needed has shape (0,), db_enc goes with dW_enc. Gradients may have any strides.
 ``inverse_norms`` (F,), where given, are the s_j: on a GPU they save reading W_dec once more; the compiled core makes
 them as it goes.
 
@@ -53,39 +53,56 @@ def code_backward(
     need_dW_enc: bool,
     need_dx: bool,
     inverse_norms: Tensor | None = None,
+    need_dvalues: bool = True,
 ) -> Gradients:
     """See the module's text."""
-    job = (values, indices, dvalues, g, W_dec, x, W_enc, normalize, need_dW_dec, need_dW_enc, need_dx)
+    job = (values, indices, dvalues, g, W_dec, x, W_enc, normalize, need_dW_dec, need_dW_enc, need_dx, need_dvalues)
     core = native() if accumulator(values, W_dec, W_enc) == torch.float32 else None
     return _torch_backward(*job, inverse_norms) if core is None else _native_backward(core, *job)
 
 
 def _native_backward(
-    core, values, indices, dvalues, g, W_dec, x, W_enc, normalize, need_dW_dec, need_dW_enc, need_dx
+    core, values, indices, dvalues, g, W_dec, x, W_enc, normalize, need_dW_dec, need_dW_enc, need_dx, need_dvalues
 ) -> Gradients:
-    """The sweep by the compiled core, in float32."""
+    """The sweep by the compiled core, in float32.
+
+    It goes by feature and dvalues lie by token: cores that write neighbouring slots take the line from each other.
+    """
     features, width = (W_dec if W_dec is not None else W_enc).shape
-    dv = empty(*values.shape)
+    dv = empty(*values.shape) if need_dvalues or need_dx else None
     dW_dec = empty(features, width) if need_dW_dec else None
     dW_enc = empty(features, width) if need_dW_enc else None
     db_enc = empty(features) if need_dW_enc else None
     core.code_backward(
         array(values), array(indices, torch.int32), strided(dvalues), array(g), None if g is None else array(W_dec),
-        array(x) if need_dW_enc else None, normalize, array(dW_dec), array(dW_enc), array(db_enc), dv.numpy(),
+        array(x) if need_dW_enc else None, normalize, array(dW_dec), array(dW_enc), array(db_enc), array(dv),
         features, width, torch.get_num_threads(),
     )  # fmt: skip
     dx = None
-    if need_dx:
+    if need_dx and dv is not None:
         dx = gather(core, dv, indices, W_enc, normalize=False, bias=None, nonzero=True)
 
     def result(gradient: Tensor | None, like: Tensor | None) -> Tensor:
         return values.new_empty(0) if gradient is None or like is None else gradient.to(like.dtype)
 
-    return result(dW_dec, W_dec), result(dW_enc, W_enc), result(db_enc, W_enc), dv.to(values.dtype), result(dx, x)
+    kept = dv if need_dvalues else None
+    return result(dW_dec, W_dec), result(dW_enc, W_enc), result(db_enc, W_enc), result(kept, values), result(dx, x)
 
 
 def _torch_backward(
-    values, indices, dvalues, g, W_dec, x, W_enc, normalize, need_dW_dec, need_dW_enc, need_dx, inverse_norms
+    values,
+    indices,
+    dvalues,
+    g,
+    W_dec,
+    x,
+    W_enc,
+    normalize,
+    need_dW_dec,
+    need_dW_enc,
+    need_dx,
+    need_dvalues,
+    inverse_norms,
 ) -> Gradients:
     """The sweep in torch: gathers and index_add_, a chunk of tokens at a time."""
     used = ~(values <= 0)
@@ -109,7 +126,7 @@ def _torch_backward(
             dx = nnf.embedding_bag(indices, W_enc.to(dtype), per_sample_weights=dv, mode="sum").to(x.dtype)
         elif need_dx:
             dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
-    return dW_dec, dW_enc, db_enc, dv.to(values.dtype), dx
+    return dW_dec, dW_enc, db_enc, dv.to(values.dtype) if need_dvalues else values.new_empty(0), dx
 
 
 def _decoder(
@@ -164,20 +181,27 @@ def silent_gradients(
 
 
 @code_backward.register_fake
-def _(values, indices, dvalues, g, W_dec, x, W_enc, normalize, need_dW_dec, need_dW_enc, need_dx, inverse_norms=None):
+def _(
+    values, indices, dvalues, g, W_dec, x, W_enc, normalize, need_dW_dec, need_dW_enc, need_dx, inverse_norms=None,
+    need_dvalues=True,
+):  # fmt: skip
     return (
         W_dec.new_empty(W_dec.shape) if need_dW_dec else values.new_empty(0),
         W_enc.new_empty(W_enc.shape) if need_dW_enc else values.new_empty(0),
         W_enc.new_empty(W_enc.shape[0]) if need_dW_enc else values.new_empty(0),
-        values.new_empty(values.shape),
+        values.new_empty(values.shape if need_dvalues else (0,)),
         x.new_empty(x.shape) if need_dx else values.new_empty(0),
     )
 
 
 @code_backward.register_kernel("cuda")
-def _(values, indices, dvalues, g, W_dec, x, W_enc, normalize, need_dW_dec, need_dW_enc, need_dx, inverse_norms=None):
+def _(
+    values, indices, dvalues, g, W_dec, x, W_enc, normalize, need_dW_dec, need_dW_enc, need_dx, inverse_norms=None,
+    need_dvalues=True,
+):  # fmt: skip
     from e2e_fast.kernels.triton.autoencode import code_backward as launch
 
-    return launch(
+    dW_dec, dW_enc, db_enc, dv, dx = launch(
         values, indices, dvalues, g, W_dec, x, W_enc, normalize, need_dW_dec, need_dW_enc, need_dx, inverse_norms
     )
+    return dW_dec, dW_enc, db_enc, dv if need_dvalues else values.new_empty(0), dx

@@ -415,7 +415,7 @@ def _encoder_gradients(ctx, saved, dvalues):
     x, weight, values, indices = saved
     need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
     _, dweight, dbias, _, dx = torch.ops.e2e_fast.code_backward(
-        values, indices, dvalues, None, None, x, weight, False, False, need_weight or need_bias, need_x
+        values, indices, dvalues, None, None, x, weight, False, False, need_weight or need_bias, need_x, None, False
     )
     dbias = dbias.to(ctx.bias_dtype) if need_bias and ctx.bias_dtype is not None else None
     return dx if need_x else None, dweight if need_weight else None, dbias

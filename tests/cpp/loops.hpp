@@ -30,6 +30,13 @@ inline void loops_hold() {
   parallel_for(10, 1, 3, [&](int64_t, int64_t) { ++after; });
   CHECK(after == 10);
 
+  std::thread::id first;  // a thread begins with its own share, and the caller's is the first
+  parallel_for(2, 1, 2, [&](int64_t begin, int64_t) {
+    if (begin == 0) first = std::this_thread::get_id();
+    std::this_thread::sleep_for(std::chrono::milliseconds(200));
+  });
+  CHECK(first == std::this_thread::get_id());
+
   std::atomic<int> nested{0};
   parallel_for(8, 1, 3, [&](int64_t, int64_t) {
     std::this_thread::sleep_for(std::chrono::milliseconds(2));  // so that the workers take part

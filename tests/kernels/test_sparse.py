@@ -130,6 +130,13 @@ def test_code_backward_returns_only_what_is_needed(route):
     none = torch.ops.e2e_fast.code_backward(code.values, code.indices, None, g, W, x, W, True, False, False, False)
     assert [t.numel() for t in none] == [0, 0, 0, code.values.numel(), 0]
     torch.testing.assert_close(none[3], full[3])
+    for need_dx in (True, False):
+        weights_alone = torch.ops.e2e_fast.code_backward(
+            code.values, code.indices, None, g, W, x, W, True, True, True, need_dx, None, False
+        )
+        assert weights_alone[3].numel() == 0
+        for i in (0, 1, 2, 4) if need_dx else (0, 1, 2):
+            assert torch.equal(weights_alone[i], full[i])
 
 
 def test_scattering_a_code_to_dense_and_back_changes_nothing():
