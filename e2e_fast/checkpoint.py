@@ -5,6 +5,7 @@
         samples_{N}.safetensors    the SAEs' weights after N sequences, under e2e_sae's keys
         resume_{N}.safetensors     what else training depends on: optimizer, random state, position in the data
         metrics.jsonl              one line a logged step
+        summary.json               what the finished run was: versions, tokens, seconds, the features that are alive
 
 Every file is written beside its place, flushed to disk and renamed, so a full disk or a kill leaves the older files
 intact. e2e_sae's own folders (``samples_N.pt``) are read as well; pickles only with ``weights_only=True``.
