@@ -67,7 +67,7 @@ def decoder_and_encoder(source: Any) -> tuple[Any, Any]:
 def recorded_alive(source: Any) -> np.ndarray | None:
     """Indices of the features that were alive at the end of the run that a path belongs to; None where it is not known.
 
-    The run's ``summary.json`` says it, of the weights that it ended with: other checkpoints of the run have none.
+    The run's ``summary.json`` says it of the weights that it ended with: earlier checkpoints have none.
     """
     if not isinstance(source, str | Path):
         return None
@@ -82,7 +82,8 @@ def recorded_alive(source: Any) -> np.ndarray | None:
         for key, value in summary.items()
         if key.startswith(layouts.ALIVE)
     }
-    if file.stem != f"samples_{summary.get('samples')}" or not alive:
+    earlier = file.stem.startswith("samples_") and file.stem != f"samples_{summary.get('samples')}"
+    if earlier or not alive:
         return None
     found = next(iter(alive.values())) if name is None and len(alive) == 1 else alive.get(str(name).replace("-", "."))
     return None if found is None else np.asarray(found, dtype=np.int64)
