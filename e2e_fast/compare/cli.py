@@ -169,8 +169,8 @@ def print_comparison(comparison: Comparison) -> None:
         console.print(
             f"within, {number[a]} − {number[b]}: {difference:+.4f} (95 % over features: {low:+.4f} to {high:+.4f})"
         )
-    for a, b, reason in comparison.left_out:
-        console.print(f"{number[a]} and {number[b]} cannot be compared: {reason}")
+    if comparison.left_out:
+        console.print(f"only dictionaries of the same width can be compared: {comparison.widths(number)}")
     unknown = [number[one.name] for one in comparison.dictionaries if one.dead is None]
     if unknown:
         console.print(f"dead features not known, so all but zero rows are used: {', '.join(unknown)}")

@@ -127,6 +127,13 @@ class Comparison:
     differences: Mapping[tuple[str, str], tuple[float, float, float]]
     """(a, b) → within-mean of a − of b, and a 95 % bootstrap interval over features (`statistics.mean_differences`)."""
 
+    def widths(self, labels: Mapping[str, str] | None = None) -> str:
+        """Which dictionaries have which d, in words; ``labels``: name → what to call it."""
+        groups: dict[int, list[str]] = {}
+        for one in self.dictionaries:
+            groups.setdefault(one.d, []).append((labels or {}).get(one.name, one.name))
+        return "; ".join(f"{', '.join(group)} (d = {d})" for d, group in groups.items())
+
     def summary(self) -> dict[str, Any]:
         """All of it as plain data, JSON-able, without the per-feature arrays."""
         differences = (

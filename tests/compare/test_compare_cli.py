@@ -36,7 +36,7 @@ def test_the_tables_name_every_dictionary_and_pair(
     assert run(monkeypatch, *files) == 0
     printed = capsys.readouterr().out
     assert "[odd] <name>" in printed
-    for text in ("1 → 2", "1 → 3", "2 → 3", "exact", "3 and 4 cannot be compared: d = 8 and 9"):
+    for text in ("1 → 2", "1 → 3", "2 → 3", "exact", "the same width can be compared: 1, 2, 3 (d = 8); 4 (d = 9)"):
         assert text in printed
     assert "…" not in printed, "eighty columns suffice"
     assert f"{match_dictionaries(*files[:2]).mean:.3f}" in printed
