@@ -51,7 +51,7 @@ def main() -> None:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the table and the picture.")] = Path("out/demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the table, the picture and report.html.")] = Path("out/demo"),
     samples: Annotated[int, typer.Option(help="Sequences each SAE is trained on.")] = 3000,
 ) -> None:
     """Train local, e2e and e2e+downstream SAEs on the embedded language model and compare them."""

@@ -7,5 +7,6 @@
 
 from e2e_fast.report.page import write_report
 from e2e_fast.report.plots import pareto
+from e2e_fast.report.runs import Evaluation
 
-__all__ = ["pareto", "write_report"]
+__all__ = ["Evaluation", "pareto", "write_report"]

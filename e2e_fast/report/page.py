@@ -490,7 +490,19 @@ def _pair_table(number: Mapping[str, str], comparison: Comparison) -> str:
                 " / ".join(f"{x:,}" for x in s["unmatched"]), proof,
             ]
         )  # fmt: skip
-    head = ["", "pairs", "mean", "random", "> 0.5", "> 0.7", "> 0.9", "best →", "← best", "mutual", "exchangeable"]
+    head = [
+        "",
+        "pairs",
+        "mean",
+        "random",
+        ">\u00a00.5",
+        ">\u00a00.7",
+        ">\u00a00.9",
+        "best\u00a0→",
+        "←\u00a0best",
+        "mutual",
+        "exchangeable",
+    ]
     return _table([*head, "unmatched", "certificate"], rows)
 
 
@@ -605,13 +617,18 @@ class _Drawing:
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[str] = ()) -> str:
     """A table that scrolls by itself where it is too wide. head: plain text; rows: escaped."""
     sides = ['class="name"' if name == "name" else 'class="left"' if name in left else "" for name in head]
-    top = "".join(f'<th scope="col" {side}>{_text(name)}</th>' for name, side in zip(head, sides, strict=True))
+    top = "".join(f'<th scope="col" {side}>{_heading(name)}</th>' for name, side in zip(head, sides, strict=True))
     lines = []
     for first, *others in rows:
         cells = "".join(f"<td {side}>{cell}</td>" for cell, side in zip(others, sides[1:], strict=True))
         lines.append(f'<tr><th scope="row">{first}</th>{cells}</tr>')
     text = f"<thead><tr>{top}</tr></thead><tbody>{''.join(lines)}</tbody>".replace(" >", ">")
     return f'<div class="scroll"><table>{text}</table></div>'
+
+
+def _heading(name: str) -> str:
+    """A column's name; a short one stays on one line."""
+    return _text(name if len(name) > 8 else name.replace(" ", "\u00a0"))
 
 
 def _figures(figures: Iterable[tuple[str, str]]) -> str:
