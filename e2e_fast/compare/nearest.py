@@ -1,7 +1,7 @@
 """The most similar row of each row, with replacement: of another dictionary, or among the rest of its own.
 
 How close a dictionary's features lie to one another says how much it splits or repeats them: the paper's "within-SAE
-similarity" (Braun et al. 2024, §4.2). It comes from the matching's sweep, in float64 in the end, and no n×n matrix is
+similarity" (Braun et al. 2024). It comes from the matching's sweep, in float64 in the end, and no n×n matrix is
 built.
 
 >>> import torch
@@ -18,7 +18,7 @@ from e2e_fast.compare.assignment import best_net, core
 from e2e_fast.compare.dictionaries import check_rows, device_of, kept_rows, read_dictionary
 from e2e_fast.compare.similarities import Similarities
 
-CANDIDATES = 16
+CANDIDATES = 64
 """Pairs a row that the sweep lists, about; they affect speed alone."""
 
 

@@ -332,7 +332,9 @@ def _pareto(runs: Sequence[tuple[int, Entry, RunRecord]]) -> tuple[str, str]:
     svg = plots.inline_svg(
         lambda axes: plots.draw_pareto(axes, points, labels), "CE loss increase against L0", size=(5.2, 3.6)
     )
-    return svg, "CE increase against L0, numbered as in the tables. Runs with several SAEs are left out."
+    several = any(len(record.positions) > 1 for _, _, record in runs)
+    left_out = " Runs with several SAEs are left out: the increase is that of all of them." if several else ""
+    return svg, f"CE increase against L0, numbered as in the tables.{left_out}"
 
 
 def _curves(runs: Sequence[tuple[int, Entry, RunRecord]]) -> str:

@@ -62,8 +62,9 @@ def draw_pareto(
     for kind, pairs in points.items():
         l0, increase = zip(*sorted(pairs), strict=True)
         axes.plot(l0, increase, "o-", label=kind, color=colour[kind], linewidth=1.5, markersize=5)
-    for point, label in (labels or {}).items():
-        axes.annotate(label, point, xytext=(5, 4), textcoords="offset points", fontsize=9)
+    for i, (point, label) in enumerate(sorted((labels or {}).items())):
+        # Alternately above and below: runs that differ in their seed alone lie close to one another.
+        axes.annotate(label, point, xytext=(4, 5 if i % 2 == 0 else -11), textcoords="offset points", fontsize=9)
     axes.set_xlabel("L0: active features per token (fewer is better)")
     axes.set_ylabel("CE loss increase, nats/token (less is better)")
     # Noise may put a good SAE below zero.
