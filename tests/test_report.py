@@ -4,6 +4,7 @@ import html
 import json
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ import yaml
 from tiny import AT, LAST
 
 import e2e_fast
-from e2e_fast import cli
+from e2e_fast import cli, formats
 from e2e_fast.compare import match_dictionaries, nearest_others
+from e2e_fast.compare.dictionaries import recorded_alive
 from e2e_fast.report import write_report
 from e2e_fast.report.page import read_entries
 from e2e_fast.report.runs import Evaluation, Missing, evaluated, expanded, read_record
@@ -165,6 +167,25 @@ def test_an_evaluation_is_made_where_none_was_recorded(runs: tuple[Path, Path]) 
     assert isinstance(drawn, float)
     assert drawn == pytest.approx(expected["performance/eval/orig_model_ce_loss"], rel=0.05)
     assert e2e.evaluation == read_record(runs[1]).evaluation
+
+
+def test_a_fine_tune_in_another_librarys_format_is_a_run_too(work: Path, runs: tuple[Path, Path]) -> None:
+    sae = formats.write(formats.read(runs[0]), work / "theirs" / "sae", "sae_lens")
+    changes: dict[str, Any] = {"collect_act_frequency_every_n_samples": 8, "act_frequency_n_tokens": 64}
+    data = read_record(runs[0]).config.train_data.model_dump()
+    tuned = e2e_fast.finetune(
+        sae, 8, lm=str(work / "model"), sparsity=0.2, quiet=True, train_data=data, **changes
+    ).folder
+    assert tuned is not None
+    record = read_record(tuned)
+    assert (record.kind, record.file.name, record.positions) == ("balanced", "sae_weights.safetensors", (AT,))
+    assert record.samples == 8
+    alive = recorded_alive(tuned)
+    assert alive is not None
+    assert record.alive(AT) == len(alive)
+    settings = {"tlens_model_path": str(work / "model"), "tlens_model_name": None}
+    record = evaluated(replace(record, config=record.config.replace(**settings)), 8)
+    assert isinstance(record.metric("loss/eval/logits_kl"), float)
 
 
 def test_a_run_that_cannot_be_evaluated_says_why(runs: tuple[Path, Path], tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def draw_similarities(
 ) -> None:
     """Histogram of cosines as shares; outlined the same of random dictionaries, or dashed its mean alone."""
     bins = np.linspace(min(0.0, float(similarity.min())), 1.0, 51).tolist()
-    axes.hist(similarity, bins=bins, weights=_shares(similarity), color=colour, alpha=0.85)
+    axes.hist(similarity, bins=bins, weights=_shares(similarity), histtype="stepfilled", color=colour, alpha=0.85)
     if random is not None and len(random):
         axes.hist(random, bins=bins, weights=_shares(random), histtype="step", color=_INK, linewidth=1.2)
     if random_mean is not None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from torch import Tensor
 
 from e2e_fast import checkpoint
 from e2e_fast.config import Config, load_config
@@ -175,13 +176,22 @@ def evaluated(record: RunRecord, samples: int) -> RunRecord:
     if isinstance(record.evaluation, Evaluation):
         return record
     try:
-        settings, state = checkpoint.read_run(record.folder, record.file.name)
-        metrics = evaluate_run(load_config(settings), state, samples)
+        metrics = evaluate_run(record.config, _weights(record), samples)
     except (ValueError, OSError, MissingPackage) as error:
         reason = " ".join(str(error).split())
         return replace(record, evaluation=Missing(f"it could not be evaluated: {reason}"))
     data = "eval_data" if record.config.eval_data else "train_data, having no eval_data"
     return replace(record, evaluation=Evaluation(metrics, f"by this report on {samples:,} sequences of its {data}"))
+
+
+def _weights(record: RunRecord) -> dict[str, Tensor]:
+    """Under e2e_sae's keys, also where a fine-tune has written them back in another library's format."""
+    if checkpoint.WEIGHTS.fullmatch(record.file.name):
+        return checkpoint.load_tensors(record.file)
+    from e2e_fast import formats
+    from e2e_fast.sae import to_e2e_sae
+
+    return to_e2e_sae({record.positions[0]: formats.read(record.folder).to_sae()})
 
 
 def _recorded(record: RunRecord) -> Evaluation | Missing:
