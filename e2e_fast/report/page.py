@@ -12,12 +12,12 @@ escaped. A number that a run does not have is a dash with a note that says why. 
 True
 """
 
-import html
 import math
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import numpy as np
 
 from e2e_fast.compare import Comparison, compare_dictionaries, match_dictionaries
 from e2e_fast.compare.comparison import Pair, Within, default_names
-from e2e_fast.report import plots
+from e2e_fast.report import markup, plots
 from e2e_fast.report.runs import (
     CE,
     EV_IN,
@@ -152,34 +152,16 @@ def render(
     if comparison is not None:
         sections += [_within(entries, comparison), _between(entries, comparison, threads)]
     sections += [_definitions(entries, comparison), _origin(command)]
-    links = "".join(f'<a href="#{section.id}">{_text(section.heading)}</a>' for section in sections)
-    body = "\n".join(section.html for section in sections)
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n"
-        f"<header><h1>{_text(title)}</h1>\n<nav>{links}</nav></header>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
-    )
+    return markup.page(title, sections)
 
 
 # ------------------------------------------------------------------------------------------------------------ sections
 
 
-@dataclass(frozen=True)
-class _Section:
-    id: str
-    heading: str
-    content: str
-
-    @property
-    def html(self) -> str:
-        return f'<section id="{self.id}">\n<h2>{_text(self.heading)}</h2>\n{self.content}\n</section>'
-
-
-def _overview(entries: Sequence[Entry], comparison: Comparison | None) -> _Section:
+def _overview(entries: Sequence[Entry], comparison: Comparison | None) -> markup.Section:
     """What each is; settings that all runs share are named once."""
     within = {one.name: one for one in comparison.dictionaries} if comparison is not None else {}
-    notes = _Notes()
+    notes = markup.Notes()
     rows = []
     for entry in entries:
         row: dict[str, Any] = {"name": entry.name}
@@ -197,7 +179,7 @@ def _overview(entries: Sequence[Entry], comparison: Comparison | None) -> _Secti
         if len(runs) > 1 and column in runs[0] and column not in _OWN and _all_same(row.get(column) for row in runs)
     }
     reason = Missing("not a run folder, so its training is not known")
-    table = _table(
+    table = markup.table(
         ["", *(column for column in columns if column not in common)],
         [
             [str(i), *(notes.cell(row.get(column, reason)) for column in columns if column not in common)]
@@ -207,9 +189,9 @@ def _overview(entries: Sequence[Entry], comparison: Comparison | None) -> _Secti
     )
     shared = ""
     if common:
-        items = " · ".join(f"{_text(name)} <b>{notes.cell(value)}</b>" for name, value in common.items())
+        items = " · ".join(f"{markup.text(name)} <b>{notes.cell(value)}</b>" for name, value in common.items())
         shared = f"<p>The same in all runs: {items}.</p>"
-    return _Section("what", "What is compared", table + notes.html() + shared)
+    return markup.Section("what", "What is compared", table + notes.html() + shared)
 
 
 _OWN = ("name", "features", "width d", "used here")
@@ -238,12 +220,12 @@ def _settings(record: RunRecord, position: str) -> dict[str, Any]:
     }
 
 
-def _quality(entries: Sequence[Entry]) -> list[_Section]:
+def _quality(entries: Sequence[Entry]) -> list[markup.Section]:
     """Metrics and their pictures, of the entries that are runs."""
     runs = [(i, entry, entry.record) for i, entry in enumerate(entries, start=1) if entry.record is not None]
     if not runs:
         return []
-    notes = _Notes()
+    notes = markup.Notes()
     measured = [record.evaluation.metrics for _, _, record in runs if isinstance(record.evaluation, Evaluation)]
     later = sorted({place for metrics in measured for place in _later(metrics)}, key=_by_layer)
     rows = []
@@ -264,19 +246,19 @@ def _quality(entries: Sequence[Entry]) -> list[_Section]:
         )
     head = ["", "kind", "L0", "CE increase", "KL", "EV at the SAE"]
     head += [f"EV {place}" for place in later]
-    table = _table([*head, "tokens/s", "time vs local"], rows, left=("kind",))
+    table = markup.table([*head, "tokens/s", "time vs local"], rows, left=("kind",))
     origins: dict[str, list[str]] = {}
     for i, _, record in runs:
         if isinstance(record.evaluation, Evaluation):
             origins.setdefault(record.evaluation.origin, []).append(str(i))
     told = "".join(
-        f"<li>{'all' if len(who) == len(runs) else ', '.join(who)}: evaluated {_text(origin)}</li>"
+        f"<li>{'all' if len(who) == len(runs) else ', '.join(who)}: evaluated {markup.text(origin)}</li>"
         for origin, who in origins.items()
     )
-    content = table + notes.html() + (f"<ul>{told}</ul>" if told else "") + _figures([_pareto(runs)])
-    sections = [_Section("quality", "How well the model is kept", content)]
+    content = table + notes.html() + (f"<ul>{told}</ul>" if told else "") + markup.figures([_pareto(runs)])
+    sections = [markup.Section("quality", "How well the model is kept", content)]
     if curves := _curves(runs):
-        sections.append(_Section("curves", "Training", curves))
+        sections.append(markup.Section("curves", "Training", curves))
     return sections
 
 
@@ -352,7 +334,7 @@ def _curves(runs: Sequence[tuple[int, Entry, RunRecord]]) -> str:
             if points:
                 curves.append((f"{i} {entry.kind}", entry.kind, _thinned(points)))
         if curves:
-            draw = _Drawing(plots.draw_curves, curves, ylabel, log=log)
+            draw = partial(plots.draw_curves, curves=curves, ylabel=ylabel, log=log)
             figures.append(
                 (plots.inline_svg(draw, f"{ylabel} in training", size=(4.8, 3.1 + 0.1 * len(curves))), caption)
             )
@@ -360,7 +342,7 @@ def _curves(runs: Sequence[tuple[int, Entry, RunRecord]]) -> str:
         return ""
     without = [str(i) for i, _, record in runs if not any("loss" in row for row in record.history)]
     note = f"<p>No curves were recorded of {', '.join(without)}.</p>" if without else ""
-    return _figures(figures) + note
+    return markup.figures(figures) + note
 
 
 _LOCAL_HAS_NONE = "Local training does not run the model to its end, so only its evaluations are here, if it had any."
@@ -378,62 +360,72 @@ def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return [*points[:-1:step], points[-1]]
 
 
-def _within(entries: Sequence[Entry], comparison: Comparison) -> _Section:
-    notes = _Notes()
+def _within(entries: Sequence[Entry], comparison: Comparison) -> markup.Section:
+    notes = markup.Notes()
     number = _numbers(entries)
     rows = []
     for one in comparison.dictionaries:
         s = one.summary()
-        quantiles = [_number(value) for value in s["within_quantiles"].values()]
+        quantiles = [markup.number(value) for value in s["within_quantiles"].values()]
         dead = Missing("nothing says which features are alive, so all but zero rows are used")
         rows.append(
             [
                 number[one.name], f"{one.used:,}", notes.cell(dead if one.dead is None else one.dead), f"{one.zero:,}",
-                notes.cell(_number(s["within_mean"])), notes.cell(_number(s["within_null_mean"])),
+                notes.cell(markup.number(s["within_mean"])), notes.cell(markup.number(s["within_null_mean"])),
                 *(notes.cell(value) for value in quantiles),
             ]
         )  # fmt: skip
     head = ["", "features used", "dead", "zero", "mean", "random", "5 %", "25 %", "median", "75 %", "95 %"]
     differences = ""
     if comparison.differences:
-        table = _table(
+        table = markup.table(
             ["", "difference of the means", "95 % interval"],
             [
-                [f"{number[a]} − {number[b]}", _signed(difference), f"{_signed(low)} to {_signed(high)}"]
+                [
+                    f"{number[a]} − {number[b]}",
+                    markup.signed(difference),
+                    f"{markup.signed(low)} to {markup.signed(high)}",
+                ]
                 for (a, b), (difference, low, high) in comparison.differences.items()
             ],
         )
         differences = f"<h3>Differences between the means</h3>{table}"
     figures = [_within_figure(number[one.name], entries, one) for one in comparison.dictionaries if len(one.similarity)]
-    content = _table(head, rows) + notes.html() + differences + _figures(figures)
-    return _Section("within", "Within each dictionary: the nearest other feature", content)
+    content = markup.table(head, rows) + notes.html() + differences + markup.figures(figures)
+    return markup.Section("within", "Within each dictionary: the nearest other feature", content)
 
 
 def _within_figure(number: str, entries: Sequence[Entry], one: Within) -> tuple[str, str]:
     s = one.summary()
     entry = entries[int(number) - 1]
     colour = _colour(entries, entry.kind)
-    draw = _Drawing(
-        plots.draw_similarities, one.similarity, "features", random_mean=s["within_null_mean"], colour=colour
+    draw = partial(
+        plots.draw_similarities,
+        similarity=one.similarity,
+        ylabel="features",
+        random_mean=s["within_null_mean"],
+        colour=colour,
     )
     caption = f"{number} {entry.short}: mean {s['within_mean']:.3f}; dashed: of random directions"
     return plots.inline_svg(draw, f"within {number}", size=(4.0, 2.5)), caption
 
 
-def _between(entries: Sequence[Entry], comparison: Comparison, threads: int | None) -> _Section:
+def _between(entries: Sequence[Entry], comparison: Comparison, threads: int | None) -> markup.Section:
     number = _numbers(entries)
     content = _matrix(entries, comparison)
     if comparison.left_out:
-        content += f"<p>Only dictionaries of the same width can be compared: {_text(comparison.widths(number))}.</p>"
+        content += (
+            f"<p>Only dictionaries of the same width can be compared: {markup.text(comparison.widths(number))}.</p>"
+        )
     content += _same_start(entries)
     if comparison.pairs:
         content += _pair_table(number, comparison)
         nulls: dict[tuple[int, ...], np.ndarray] = {}
         figures = [_pair_figure(number, pair, nulls, threads) for pair in comparison.pairs[:MAX_PICTURES]]
-        content += _figures([figure for figure in figures if figure[0]])
+        content += markup.figures([figure for figure in figures if figure[0]])
         if len(comparison.pairs) > MAX_PICTURES:
             content += f"<p>Drawn are the first {MAX_PICTURES} of {len(comparison.pairs)} pairs.</p>"
-    return _Section("between", "Between dictionaries: matched one to one", content)
+    return markup.Section("between", "Between dictionaries: matched one to one", content)
 
 
 def _same_start(entries: Sequence[Entry]) -> str:
@@ -448,8 +440,8 @@ def _same_start(entries: Sequence[Entry]) -> str:
     if not told:
         return ""
     return (
-        f"<p>Of the same seed and size: {_text(told)}. Unless other weights were given, these runs began with the same "
-        "random ones, and part of their likeness is that start, not what they learned.</p>"
+        f"<p>Of the same seed and size: {markup.text(told)}. Unless other weights were given, these runs began with "
+        "the same random ones, and part of their likeness is that start, not what they learned.</p>"
     )
 
 
@@ -459,7 +451,7 @@ def _matrix(entries: Sequence[Entry], comparison: Comparison) -> str:
     names = [entry.name for entry in entries]
     rows = []
     for i, a in enumerate(names):
-        cells = [f'<th scope="row">{i + 1} <span class="name">{_text(entries[i].short)}</span></th>']
+        cells = [f'<th scope="row">{i + 1} <span class="name">{markup.text(entries[i].short)}</span></th>']
         for j, b in enumerate(names):
             s = pairs.get((a, b) if i < j else (b, a))
             if i == j or s is None or s["mean"] is None:
@@ -468,7 +460,7 @@ def _matrix(entries: Sequence[Entry], comparison: Comparison) -> str:
                 shade = max(0.0, min(1.0, (s["mean"] - (s["null_mean"] or 0)) / (1 - (s["null_mean"] or 0))))
                 cells.append(f'<td style="--shade: {100 * shade:.0f}%" class="heat">{s["mean"]:.3f}</td>')
             else:
-                cells.append(f'<td class="null">{_number(s["null_mean"])}</td>')
+                cells.append(f'<td class="null">{markup.number(s["null_mean"])}</td>')
         rows.append(f"<tr>{''.join(cells)}</tr>")
     head = "".join(f'<th scope="col">{i}</th>' for i in range(1, len(names) + 1))
     return (
@@ -484,28 +476,12 @@ def _pair_table(number: Mapping[str, str], comparison: Comparison) -> str:
     for pair in comparison.pairs:
         s = pair.summary()
         proof = "optimal, proven" if s["certified"] else f"at most {s['gap']:.2g} below the optimum"
-        rows.append(
-            [
-                f"{number[pair.a]} → {number[pair.b]}", f"{s['pairs']:,}", _number(s["mean"]), _number(s["null_mean"]),
-                *(_number(share) for share in s["fraction_above"].values()),
-                _number(s["row_best_mean"]), _number(s["col_best_mean"]), f"{s['mutual']:,}", f"{s['exchangeable']:,}",
-                " / ".join(f"{x:,}" for x in s["unmatched"]), proof,
-            ]
-        )  # fmt: skip
-    head = [
-        "",
-        "pairs",
-        "mean",
-        "random",
-        ">\u00a00.5",
-        ">\u00a00.7",
-        ">\u00a00.9",
-        "best\u00a0→",
-        "←\u00a0best",
-        "mutual",
-        "exchangeable",
-    ]
-    return _table([*head, "unmatched", "certificate"], rows)
+        shown = (s["mean"], s["null_mean"], *s["fraction_above"].values(), s["row_best_mean"], s["col_best_mean"])
+        counts = (f"{s['mutual']:,}", f"{s['exchangeable']:,}", " / ".join(f"{x:,}" for x in s["unmatched"]))
+        which = f"{number[pair.a]} → {number[pair.b]}"
+        rows.append([which, f"{s['pairs']:,}", *map(markup.number, shown), *counts, proof])
+    head = ["", "pairs", "mean", "random", "> 0.5", "> 0.7", "> 0.9", "best →", "← best", "mutual", "exchangeable"]
+    return markup.table([*head, "unmatched", "certificate"], rows)
 
 
 def _pair_figure(
@@ -520,7 +496,7 @@ def _pair_figure(
         rng = np.random.default_rng(0)
         sides = (rng.standard_normal((size, d), dtype=np.float32) for size in sizes[:2])
         nulls[sizes] = match_dictionaries(*sides, threads=threads).similarity
-    draw = _Drawing(plots.draw_similarities, m.similarity, "pairs", random=nulls[sizes])
+    draw = partial(plots.draw_similarities, similarity=m.similarity, ylabel="pairs", random=nulls[sizes])
     label = f"{number[pair.a]} → {number[pair.b]}"
     caption = f"{label}: mean {m.mean:.3f}; outlined: {sizes[0]:,} × {sizes[1]:,} random directions, matched"
     return plots.inline_svg(draw, label, size=(4.0, 2.5)), caption
@@ -532,11 +508,10 @@ def _rounded(n: int) -> int:
     return max(1, round(n, -digits))
 
 
-def _definitions(entries: Sequence[Entry], comparison: Comparison | None) -> _Section:
+def _definitions(entries: Sequence[Entry], comparison: Comparison | None) -> markup.Section:
     terms = _RUN_TERMS if any(entry.record is not None for entry in entries) else {}
     terms = terms | (_GEOMETRY_TERMS if comparison is not None else {})
-    listed = "".join(f"<dt>{_text(term)}</dt><dd>{_text(meaning)}</dd>" for term, meaning in terms.items())
-    return _Section("definitions", "What the numbers are", f"<dl>{listed}</dl>")
+    return markup.Section("definitions", "What the numbers are", markup.definitions(terms))
 
 
 _RUN_TERMS = {
@@ -569,7 +544,7 @@ _GEOMETRY_TERMS = {
 }
 
 
-def _origin(command: str) -> _Section:
+def _origin(command: str) -> markup.Section:
     from e2e_fast.info import describe
 
     facts = {
@@ -577,70 +552,13 @@ def _origin(command: str) -> _Section:
         **({"command": command} if command else {}),
         **describe(),
     }
-    listed = "".join(f"<dt>{_text(name)}</dt><dd><code>{_text(value)}</code></dd>" for name, value in facts.items())
-    return _Section("origin", "How this page was made", f"<dl>{listed}</dl>")
+    listed = "".join(
+        f"<dt>{markup.text(name)}</dt><dd><code>{markup.text(value)}</code></dd>" for name, value in facts.items()
+    )
+    return markup.Section("origin", "How this page was made", f"<dl>{listed}</dl>")
 
 
 # -------------------------------------------------------------------------------------------------------------- pieces
-
-
-class _Notes:
-    """Reasons for what is missing, numbered below a table."""
-
-    def __init__(self) -> None:
-        self.reasons: list[str] = []
-
-    def cell(self, value: Any, pattern: str = "{:,}") -> str:
-        """Escaped text of a table's cell; a `Missing` is a dash with the number of its note."""
-        if isinstance(value, Missing):
-            if value.reason not in self.reasons:
-                self.reasons.append(value.reason)
-            return f"–<sup>{self.reasons.index(value.reason) + 1}</sup>"
-        return _text(value if isinstance(value, str) else pattern.format(value).replace("-", "−"))
-
-    def html(self) -> str:
-        """The list of the notes."""
-        if not self.reasons:
-            return ""
-        listed = "".join(f"<li>{_text(reason)}</li>" for reason in self.reasons)
-        return f'<ol class="notes">{listed}</ol>'
-
-
-class _Drawing:
-    """A function of `plots` with all but the axes."""
-
-    def __init__(self, draw: Callable[..., None], *arguments: Any, **options: Any) -> None:
-        self.draw, self.arguments, self.options = draw, arguments, options
-
-    def __call__(self, axes: Any) -> None:
-        self.draw(axes, *self.arguments, **self.options)
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[str] = ()) -> str:
-    """A table that scrolls by itself where it is too wide. head: plain text; rows: escaped."""
-    sides = ['class="name"' if name == "name" else 'class="left"' if name in left else "" for name in head]
-    top = "".join(f'<th scope="col" {side}>{_heading(name)}</th>' for name, side in zip(head, sides, strict=True))
-    lines = []
-    for first, *others in rows:
-        cells = "".join(f"<td {side}>{cell}</td>" for cell, side in zip(others, sides[1:], strict=True))
-        lines.append(f'<tr><th scope="row">{first}</th>{cells}</tr>')
-    text = f"<thead><tr>{top}</tr></thead><tbody>{''.join(lines)}</tbody>".replace(" >", ">")
-    return f'<div class="scroll"><table>{text}</table></div>'
-
-
-def _heading(name: str) -> str:
-    """A column's name; a short one stays on one line."""
-    return _text(name if len(name) > 8 else name.replace(" ", "\u00a0"))
-
-
-def _figures(figures: Iterable[tuple[str, str]]) -> str:
-    """Pictures with their captions, side by side as the page allows."""
-    drawn = [
-        f"<figure>{svg}{f'<figcaption>{_text(caption)}</figcaption>' if caption else ''}</figure>"
-        for svg, caption in figures
-        if svg
-    ]
-    return f'<div class="figures">{"".join(drawn)}</div>' if drawn else ""
 
 
 def _numbers(entries: Sequence[Entry]) -> dict[str, str]:
@@ -651,61 +569,5 @@ def _colour(entries: Sequence[Entry], kind: str) -> str:
     return plots.colours([entry.kind for entry in entries if entry.kind]).get(kind, "#777777")
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.4f}".replace("-", "−")
-
-
 def _all_same(values: Iterable[Any]) -> bool:
     return len({repr(value) for value in values}) == 1
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value))
-
-
-_CSS = """
-:root { color-scheme: light dark; --line: #8885; --soft: #8882; --heat: 76, 114, 176; }
-* { box-sizing: border-box; }
-body { font: 1rem/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 76rem; padding: 1rem; }
-h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0; }
-h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; }
-h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
-nav { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; }
-.scroll { overflow-x: auto; margin: .6rem 0; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-thead th { vertical-align: bottom; white-space: normal; max-width: 11rem; font-weight: 600; }
-th.left, td.left, th.name, td.name { text-align: left; }
-tbody th { font-weight: 600; }
-td.name { white-space: normal; overflow-wrap: anywhere; min-width: 16rem; max-width: 24rem; }
-.matrix th .name { font-weight: 400; display: inline-block; max-width: 16rem; overflow: hidden; text-overflow: ellipsis;
-  vertical-align: bottom; }
-.matrix tbody th { text-align: left; }
-.heat { background: color-mix(in srgb, rgb(var(--heat)) calc(.75 * var(--shade)), transparent); }
-.null { color: #888; }
-.notes { font-size: .8125rem; margin: .3rem 0; padding-left: 1.4rem; }
-.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: 1rem;
-  margin: 1rem 0; align-items: start; }
-figure { margin: 0; break-inside: avoid; }
-figure svg { width: 100%; height: auto; display: block; }
-figcaption { font-size: .8125rem; overflow-wrap: anywhere; }
-dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .2rem 1rem; font-size: .9rem; }
-dt { font-weight: 600; }
-dd { margin: 0; overflow-wrap: anywhere; }
-@media (max-width: 40rem) {
-  dl { display: block; }
-  dd { margin: 0 0 .5rem; }
-  .matrix th .name { max-width: 6rem; }
-}
-@media print {
-  :root { font-size: 11px; }
-  body { max-width: none; }
-  nav { display: none; }
-  .scroll { overflow: visible; }
-  .figures { grid-template-columns: repeat(3, 1fr); }
-}
-"""
