@@ -5,6 +5,7 @@
         samples_{N}.safetensors    the SAEs' weights after N sequences, under e2e_sae's keys
         resume_{N}.safetensors     what else training depends on: optimizer, random state, position in the data
         metrics.jsonl              one line a logged step
+        summary.json               of a finished run: versions, tokens, seconds, the features that are alive
 
 Every file is written beside its place, flushed to disk and renamed, so a full disk or a kill leaves the older files
 intact. e2e_sae's own folders (``samples_N.pt``) are read as well; pickles only with ``weights_only=True``.
@@ -29,6 +30,8 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+from e2e_fast.formats.layouts import SUMMARY, load_json
 
 CONFIG = "final_config.yaml"
 WEIGHTS = re.compile(r"samples_(\d+)\.(?:safetensors|pt)")
@@ -125,6 +128,17 @@ def read_run(folder: Path, file: str | Path | None = None) -> tuple[dict[str, An
 def write_config(folder: Path, settings: Mapping[str, Any]) -> Path:
     """``final_config.yaml`` of a run folder."""
     return write_atomically(folder / CONFIG, yaml.safe_dump(dict(settings), sort_keys=False).encode())
+
+
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> Path:
+    """``summary.json`` of a run folder."""
+    return write_atomically(folder / SUMMARY, (json.dumps(dict(summary)) + "\n").encode())
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """``summary.json`` of a run folder; empty where a run has not ended, or is none of ours."""
+    path = folder / SUMMARY
+    return load_json(path) if path.is_file() else {}
 
 
 def save_resume(

@@ -4,6 +4,8 @@ e2e-fast demo                     train the three kinds of SAE on the embedded m
 e2e-fast train config.yaml        what ``e2e_fast.train`` does
 e2e-fast eval out/my_run          what ``e2e_fast.evaluate`` does
 e2e-fast match A B                what ``e2e_fast.match_dictionaries`` does, for files
+e2e-fast compare A B C …          what ``e2e_fast.compare.compare_dictionaries`` does, for files
+e2e-fast report RUN [RUN …]       what ``e2e_fast.report.write_report`` does: one HTML page
 e2e-fast convert A B --to FORMAT  an SAE's file in another library's format, the same function
 e2e-fast bench overhead           what end-to-end training costs beside local, phase by phase
 e2e-fast bench sharing            what several SAEs in one process cost beside separate runs
@@ -18,7 +20,8 @@ from typing import Annotated, Any
 
 import typer
 
-from e2e_fast.compare.cli import match
+from e2e_fast.compare.cli import compare, match
+from e2e_fast.report.cli import report
 from e2e_fast.train_lm import train_lm
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Fast end-to-end sparse dictionary learning.")
@@ -48,7 +51,7 @@ def main() -> None:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the table and the picture.")] = Path("out/demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the table, the picture and report.html.")] = Path("out/demo"),
     samples: Annotated[int, typer.Option(help="Sequences each SAE is trained on.")] = 3000,
 ) -> None:
     """Train local, e2e and e2e+downstream SAEs on the embedded language model and compare them."""
@@ -190,6 +193,8 @@ def sharing(
 
 
 app.command("match")(match)
+app.command("compare")(compare)
+app.command("report")(report)
 app.command("train-lm")(train_lm)
 
 

@@ -19,7 +19,7 @@ from e2e_fast.config import Config, load_config
 from e2e_fast.evaluation import evaluate
 from e2e_fast.lm import LM, load_lm
 from e2e_fast.measure import PeakMemory
-from e2e_fast.report import pareto
+from e2e_fast.report import Evaluation, pareto, write_report
 from e2e_fast.trainer import E2EDownstreamTrainer, E2ETrainer, LocalTrainer, Trainer
 
 N_CTX = 128
@@ -36,9 +36,10 @@ RUNS: list[tuple[type[Trainer], float]] = [
 
 
 def run_demo(out: Path, samples: int) -> list[dict[str, Any]]:
-    """Trains and evaluates the SAEs of `RUNS` on ``samples`` sequences each; prints a table, saves it and a picture.
+    """Trains and evaluates the SAEs of `RUNS` on ``samples`` sequences each; prints a table and saves it.
 
-    Writes ``results.json`` and ``pareto.png`` into ``out``, and a run folder for each SAE into ``out/runs``.
+    Writes ``results.json``, ``pareto.png`` and ``report.html`` (`write_report`) into ``out``, and a run folder for each
+    SAE into ``out/runs``.
     """
     console = Console(width=max(Console().width, 150))
     lm = load_lm("embedded")
@@ -46,12 +47,13 @@ def run_demo(out: Path, samples: int) -> list[dict[str, Any]]:
     console.print(f"{lm}\nSAEs at {position}, {samples} sequences of {N_CTX} tokens each")
     train = embedded.tokens("train", N_CTX, samples)
     heldout = embedded.tokens("heldout", N_CTX, HELDOUT_SAMPLES)
-    results = []
+    results, evaluations = [], {}
     for kind, coeff in RUNS:
         trainer = kind(demo_config(out / "runs", position, coeff, len(train)), lm=lm, tokens=train)
         with PeakMemory(lm.device) as peak:
             run = trainer.fit()
         metrics = evaluate(run.model, heldout)
+        evaluations[str(run.folder)] = Evaluation(metrics, f"on {HELDOUT_SAMPLES} sequences of held-out files")
         results.append(
             {
                 "kind": trainer.loss.kind,
@@ -75,7 +77,17 @@ def run_demo(out: Path, samples: int) -> list[dict[str, Any]]:
         points.setdefault(result["kind"], []).append((result["L0"], result["CE increase"]))
     picture = pareto(points, out / "pareto.png", title=f"embedded LM, {position}, {samples} sequences")
     print_table(console, results, lm)
-    console.print(f"saved {out / 'results.json'} and {picture}")
+    page = write_report(
+        list(evaluations),
+        out / "report.html",
+        names=[f"{result['kind']} {result['sparsity coeff']:g}" for result in results],
+        evaluations=evaluations,
+        title="SAEs on the embedded language model",
+        command=f"e2e-fast demo --samples {samples} --out {out}",
+    )
+    console.print(
+        f"saved {out / 'results.json'}, {picture} and {page}, a page with all of it and the matched dictionaries"
+    )
     return results
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from e2e_fast.checkpoint import CONFIG, WEIGHTS
+from e2e_fast.checkpoint import CONFIG, SUMMARY, WEIGHTS
 from e2e_fast.optional import require
 
 
@@ -66,9 +66,9 @@ def _reaching(what: str, login: str) -> Iterator[None]:
         ) from error
 
 
-def _wanted(names: Sequence[str], run: str) -> tuple[str, str]:
-    """The configuration and the newest weights among a run's files."""
+def _wanted(names: Sequence[str], run: str) -> list[str]:
+    """The configuration, the newest weights and, where there is one, the summary among a run's files."""
     weights = [(int(m[1]), name) for name in names if (m := WEIGHTS.fullmatch(name))]
     if CONFIG not in names or not weights:
         raise FileNotFoundError(f"{run} holds no {CONFIG} with samples_N weights; it has {sorted(names)[:10]}")
-    return CONFIG, max(weights)[1]
+    return [CONFIG, max(weights)[1], *(name for name in names if name == SUMMARY)]

@@ -26,6 +26,7 @@ from e2e_fast.config import EVAL_SEED_OFFSET, Config
 from e2e_fast.data import TokenBatches
 from e2e_fast.distributed import World
 from e2e_fast.evaluation import evaluation_loss
+from e2e_fast.formats.layouts import ALIVE
 from e2e_fast.lm import LM, Original
 from e2e_fast.log import ConsoleLog, JsonlLog, Log, WandbLog, keep_rows
 from e2e_fast.losses import LossConfig, LossName
@@ -190,13 +191,21 @@ class Member:
         """What an evaluation measures: the loss, and the terms that only training leaves out."""
         return evaluation_loss(self.loss, self.lm, list(self.saes))
 
-    def finish(self, frequency: ActFrequency | None) -> None:
-        """The last row: ``frequency`` was counted with the final weights, on this process's part of the data."""
+    def finish(self, frequency: ActFrequency | None, facts: Mapping[str, Any]) -> None:
+        """The last row, and ``summary.json`` with the trainer's ``facts``.
+
+        ``frequency`` was counted with the final weights, on this process's part of the data.
+        """
         row = {"samples": float(self.samples)}
+        summary: dict[str, Any] = {"samples": self.samples, "total_tokens": self.total_tokens, **facts}
         if frequency is not None:
             frequency.counts = self.world.sum(frequency.counts)
             row |= frequency.metrics("_final")
+            summary |= {f"{ALIVE}{p}": frequency.alive(p).tolist() for p in frequency.counts}
         self._write(row)
+        repeated = facts["timed_tokens"] == 0 and self.folder is not None and checkpoint.read_summary(self.folder)
+        if self.folder is not None and self.world.writes and not repeated:
+            checkpoint.write_summary(self.folder, summary)
 
     def _require_finite(self, result: StepResult) -> None:
         # On a GPU this would wait for the device, so there only the steps that log look.

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from e2e_fast import checkpoint
+from e2e_fast import __version__, checkpoint
 from e2e_fast.config import EVAL_SEED_OFFSET, Config, load_config, require_same_run
 from e2e_fast.cuda_graphs import StepGraphs
 from e2e_fast.data import TokenBatches
@@ -157,15 +157,17 @@ class Trainer:
                 checkpoint.write_config(self.folder, self.config.model_dump(mode="json"))
             for i, member in enumerate(self.members):
                 member.start(console=not self._quiet and i == 0, alone=len(self.members) == 1)
+            began, tokens = time.perf_counter(), self.total_tokens
             with self._listening_for_sigterm():
                 for _ in self.steps():
                     pass
+            facts = self._facts(began, self.total_tokens - tokens)
             with arithmetic(self.precision, self.lm.device):
                 if not self.world.share(self._is_saved()):
                     self.save()
                 counts = self._final_counts()
                 for member, frequency in zip(self.members, counts, strict=True):
-                    member.finish(frequency)
+                    member.finish(frequency, facts)
         except TrainingTerminated:  # by all processes together
             raise
         except BaseException:
@@ -177,6 +179,24 @@ class Trainer:
                 member.close()
         runs = [Run(member.model, member.history, member.folder) for member in self.members]
         return runs[0] if self.config.sweep is None else runs
+
+    def _facts(self, began: float, tokens: int) -> dict[str, Any]:
+        """For the runs' summaries: the device, and how long ``tokens`` took since ``began``, evaluations too.
+
+        The members of a sweep share the time.
+        """
+        on_gpu = self.lm.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.synchronize(self.lm.device)
+        return {
+            "seconds": time.perf_counter() - began,
+            "timed_tokens": tokens,
+            "members": len(self.members),
+            "processes": self.world.size,
+            "device": torch.cuda.get_device_name(self.lm.device) if on_gpu else "cpu",
+            "e2e_fast": __version__,
+            "torch": torch.__version__,
+        }
 
     def steps(self) -> Iterator[int]:
         """Trains; hands back control after each micro-batch, with its number from 1. `fit` does this and the rest."""

@@ -65,7 +65,7 @@ def test_the_configuration_and_the_newest_weights_are_fetched(
     else:
         subfolder = None if source == "hub" else "sub"
         loaded = e2e_fast.SAETransformer.from_hub("me/saes", lm=model, subfolder=subfolder)
-    assert fetched == [checkpoint.CONFIG, "samples_48.safetensors"]
+    assert fetched == [checkpoint.CONFIG, "samples_48.safetensors", checkpoint.SUMMARY]
     expected = to_e2e_sae(run.model.by_position)
     for key, value in to_e2e_sae(loaded.by_position).items():
         assert torch.equal(value, expected[key])

@@ -18,7 +18,8 @@ from tiny import AT, LAST, LATER
 import e2e_fast
 from e2e_fast import checkpoint
 from e2e_fast.checkpoint import CheckpointError
-from e2e_fast.sae import to_e2e_sae
+from e2e_fast.compare.dictionaries import recorded_alive
+from e2e_fast.sae import SAEActs, to_e2e_sae
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,30 @@ def test_training_lowers_the_loss_and_saves_what_it_logged(model: Any, tokens: n
     loaded = e2e_fast.SAETransformer.from_local_path(run.folder, lm=model)
     for key, value in to_e2e_sae(loaded.by_position).items():
         assert torch.equal(value, weights(run)[key]), key
+
+
+def test_a_finished_run_says_what_it_took_and_which_features_are_alive(
+    model: Any, tokens: np.ndarray, tmp_path: Path
+) -> None:
+    changes = {"collect_act_frequency_every_n_samples": 48, "act_frequency_n_tokens": 128, "save_every_n_samples": 24}
+    run = e2e_fast.train(settings(tmp_path, **changes), lm=model, tokens=tokens, quiet=True)
+    assert run.folder is not None
+    summary = checkpoint.read_summary(run.folder)
+    assert summary["samples"] == 48
+    assert summary["timed_tokens"] == summary["total_tokens"] == tokens[:48].size
+    assert summary["seconds"] > 0
+    assert (summary["members"], summary["processes"], summary["device"]) == (1, 1, "cpu")
+    assert (summary["e2e_fast"], summary["torch"]) == (e2e_fast.__version__, torch.__version__)
+    acts = run.model.forward(torch.from_numpy(tokens[:8]))[1][AT]
+    assert isinstance(acts, SAEActs)
+    fired = (acts.c > 0).flatten(0, 1).any(0).nonzero().flatten().tolist()
+    alive = recorded_alive(run.folder)
+    assert alive is not None
+    assert alive.tolist() == fired
+    assert len(alive) == run.history[-1][f"sparsity/alive_dict_elements_final/{AT}"]
+    assert recorded_alive(run.folder / "samples_24.safetensors") is None
+    e2e_fast.train(settings(tmp_path, **changes), lm=model, tokens=tokens, quiet=True, resume=run.folder)
+    assert checkpoint.read_summary(run.folder) == summary, "a run with nothing left to do keeps its record"
 
 
 def test_the_same_seed_gives_the_same_bits(model: Any, tokens: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""``e2e-fast match A B``: match two dictionaries' files, print the summary, write pairs and a picture.
+"""``e2e-fast match A B`` and ``e2e-fast compare A B C …``: tables of files' dictionaries, pairs and a picture.
 
 >>> from pathlib import Path
 >>> import numpy as np, tempfile
@@ -6,16 +6,20 @@
 >>> np.save(folder / "a.npy", np.eye(4, dtype=np.float32))
 >>> match(str(folder / "a.npy"), str(folder / "a.npy"), as_json=True)  # doctest: +ELLIPSIS
 {"pairs": 4, "shape": [4, 4, 4], "total": 4.0, ...
+>>> compare([str(folder / "a.npy"), str(folder / "a.npy")], as_json=True)  # doctest: +ELLIPSIS
+{"which": "decoder", "dictionaries": [{"name": "a", ...
 """
 
 import csv
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 
+from e2e_fast.compare.comparison import Comparison, compare_dictionaries, default_names
 from e2e_fast.compare.matching import Matching, Progress, match_dictionaries
 from e2e_fast.optional import require
 
@@ -65,37 +69,120 @@ def match(
 
         plot_matching(m, random_matching(m, threads=threads)).savefig(plot, dpi=150)
     if as_json:
-        print(json.dumps(summary(m)))
+        print(json.dumps(m.summary()))
     else:
         _print_table(m, [str(path) for path in (pairs, plot) if path is not None])
 
 
-def summary(m: Matching) -> dict[str, Any]:
-    """What the table shows, as plain numbers; None where a number does not exist."""
-    n, k, _ = m.shape
-    present_rows, present_cols = (side[~np.isnan(side)] for side in (m.row_best_similarity, m.col_best_similarity))
+def compare(
+    sources: Annotated[
+        list[str], typer.Argument(metavar="A B [C …]", help="Dictionaries: run or SAE folders, weights; path::name.")
+    ],
+    name: Annotated[
+        list[str] | None, typer.Option(help="A name for each, in their order; default: the shortest that differ.")
+    ] = None,
+    which: Annotated[str, typer.Option(help="decoder, encoder, or both (joint similarity).")] = "decoder",
+    encoders: Annotated[bool, typer.Option(help="Match the encoders too and count agreement (slower).")] = False,
+    keep_dead: Annotated[bool, typer.Option(help="Keep the features that a run recorded as dead.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for compare.json.")] = None,
+    pairs: Annotated[bool, typer.Option("--pairs", help="Write every matching's pairs into the folder too.")] = False,
+    threads: Annotated[int | None, typer.Option(help="Default: as torch.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and no progress.")] = False,
+) -> None:
+    """Compare several dictionaries: every two matched exactly, one to one, and each with itself."""
+    if pairs and out is None:
+        raise ValueError("--pairs needs --out, a folder to write them into")
+    options: dict[str, Any] = {"which": which, "encoders": encoders, "keep_dead": keep_dead, "threads": threads}
+    named = dict(zip(names_for(sources, name), sources, strict=True))
+    comparison = (compare_dictionaries if as_json else compare_with_progress)(named, **options)
+    written = [] if out is None else write_comparison(comparison, out, pairs=pairs)
+    if as_json:
+        print(json.dumps(comparison.summary()))
+    else:
+        print_comparison(comparison)
+        for path in written:
+            print(f"written {path}")
 
-    def number(value: float) -> float | None:
-        return None if np.isnan(value) else float(value)
 
-    return {
-        "pairs": len(m.rows),
-        "shape": list(m.shape),
-        "total": m.total,
-        "upper_bound": m.upper_bound,
-        "gap": m.gap,
-        "certified": m.certified,
-        "mean": number(m.mean),
-        "null_mean": number(m.null_mean),
-        "fraction_above": {str(t): number(m.fraction_above(t)) for t in (0.5, 0.7, 0.9)},
-        "row_best_mean": number(present_rows.mean()) if len(present_rows) else None,
-        "col_best_mean": number(present_cols.mean()) if len(present_cols) else None,
-        "mutual": len(m.mutual),
-        "exchangeable": int((m.tie_group >= 0).sum()),
-        "left_out": [len(m.left_out_rows), len(m.left_out_cols)],
-        "unmatched": [n - len(m.rows) - len(m.left_out_rows), k - len(m.cols) - len(m.left_out_cols)],
-        "stats": m.stats,
-    }
+def names_for(sources: Sequence[str], given: Sequence[str] | None) -> list[str]:
+    """The names given, one for each source and no two alike, or `default_names`. Raises ValueError."""
+    if not given:
+        return default_names(sources)
+    if len(given) != len(sources):
+        raise ValueError(f"--name must be given once for each of the {len(sources)} dictionaries, got {len(given)}")
+    if len(set(given)) < len(given):
+        raise ValueError(f"--name must differ from dictionary to dictionary, got {', '.join(given)}")
+    return list(given)
+
+
+def write_comparison(comparison: Comparison, folder: Path, *, pairs: bool = False) -> list[Path]:
+    """``compare.json`` and, with ``pairs``, ``pairs_1_2.csv`` of the first and second …; returns the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [folder / "compare.json"]
+    written[0].write_text(json.dumps(comparison.summary(), indent=1) + "\n")
+    number = {one.name: i for i, one in enumerate(comparison.dictionaries, start=1)}
+    for pair in comparison.pairs if pairs else ():
+        written.append(folder / f"pairs_{number[pair.a]}_{number[pair.b]}.csv")
+        write_pairs(pair.matching, written[-1])
+    return written
+
+
+def print_comparison(comparison: Comparison) -> None:
+    """The tables of dictionaries, of pairs and of differences; what was left out."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    narrow: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": 0, "title_justify": "left"}
+    number = {one.name: str(i) for i, one in enumerate(comparison.dictionaries, start=1)}
+    table = Table(title="Each dictionary: cosine of a feature with its nearest other feature", **narrow)
+    for column in ("", "name", "features", "used", "d", "mean", "random", "5 % – 95 %"):
+        table.add_column(column, justify="left" if column == "name" else "right", overflow="fold")
+    for one in comparison.dictionaries:
+        s = one.summary()
+        low, high = (_short(s["within_quantiles"][str(q)]) for q in (0.05, 0.95))
+        table.add_row(
+            number[one.name], escape(one.name), f"{one.n:,}", f"{one.used:,}", f"{one.d:,}",
+            _short(s["within_mean"]), _short(s["within_null_mean"]), f"{low} – {high}",
+        )  # fmt: skip
+    console.print(table)
+
+    of = {"decoder": "decoders", "encoder": "encoders", "both": "decoders and encoders jointly"}[comparison.which]
+    table = Table(title=f"Every two, {of}: matched one to one; best of each, both ways", **narrow)
+    agree = any(pair.agree is not None for pair in comparison.pairs)
+    columns = ["", "pairs", "mean", "random", ">0.5", ">0.7", ">0.9", "best→", "←best", "mutual", "proof"]
+    for column in columns + ["agree"] * agree:
+        table.add_column(column, justify="right", no_wrap=True)
+    for pair in comparison.pairs:
+        s = pair.summary()
+        table.add_row(
+            f"{number[pair.a]} → {number[pair.b]}", f"{s['pairs']:,}", _short(s["mean"]), _short(s["null_mean"]),
+            *(_short(share) for share in s["fraction_above"].values()),
+            _short(s["row_best_mean"]), _short(s["col_best_mean"]), f"{s['mutual']:,}",
+            "exact" if s["certified"] else f"{s['gap']:.2g}", *([_short(s["agree"])] if agree else []),
+        )  # fmt: skip
+    console.print(table)
+
+    for (a, b), (difference, low, high) in comparison.differences.items():
+        console.print(
+            f"within, {number[a]} − {number[b]}: {difference:+.4f} (95 % over features: {low:+.4f} to {high:+.4f})"
+        )
+    if comparison.left_out:
+        console.print(f"only dictionaries of the same width can be compared: {comparison.widths(number)}")
+    unknown = [number[one.name] for one in comparison.dictionaries if one.dead is None]
+    if unknown:
+        console.print(f"dead features not known, so all but zero rows are used: {', '.join(unknown)}")
+
+
+def compare_with_progress(named: Mapping[str, Any], **options: Any) -> Comparison:
+    """`compare_dictionaries` with what it is at on stderr."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    with Console(stderr=True).status("reading", spinner="dots") as status:
+        return compare_dictionaries(named, on_progress=lambda text: status.update(escape(text)), **options)
 
 
 def write_pairs(m: Matching, path: Path) -> None:
@@ -137,10 +224,7 @@ def _print_table(m: Matching, written: list[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    s = summary(m)
-
-    def show(value: float | None) -> str:
-        return "–" if value is None else f"{value:.4f}"
+    s = m.summary()
 
     proof = "optimal over all pairs (proven)" if m.certified else "not proven optimal"
     title = f"{s['pairs']:,} pairs of {m.shape[0]:,} × {m.shape[1]:,} features, d = {m.shape[2]:,}"
@@ -148,11 +232,11 @@ def _print_table(m: Matching, written: list[str]) -> None:
     table.add_column()
     table.add_column(justify="right")
     for name, value in (
-        ("mean similarity of the pairs", show(s["mean"])),
-        ("… of random dictionaries", show(s["null_mean"])),
-        *((f"pairs above {t}", show(share)) for t, share in s["fraction_above"].items()),
-        ("best of each row, with replacement", show(s["row_best_mean"])),
-        ("best of each column, with replacement", show(s["col_best_mean"])),
+        ("mean similarity of the pairs", _show(s["mean"])),
+        ("… of random dictionaries", _show(s["null_mean"])),
+        *((f"pairs above {t}", _show(share)) for t, share in s["fraction_above"].items()),
+        ("best of each row, with replacement", _show(s["row_best_mean"])),
+        ("best of each column, with replacement", _show(s["col_best_mean"])),
         ("mutual nearest neighbours", f"{s['mutual']:,}"),
         ("pairs exchangeable at no loss", f"{s['exchangeable']:,}"),
         ("left out (zero or not alive), A and B", " and ".join(f"{x:,}" for x in s["left_out"])),
@@ -164,3 +248,11 @@ def _print_table(m: Matching, written: list[str]) -> None:
     ):
         table.add_row(name, value)
     Console().print(table)
+
+
+def _show(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _short(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"

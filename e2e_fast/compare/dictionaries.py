@@ -37,28 +37,62 @@ def read_dictionary(source: Any, *, which: str = "decoder", encoder_share: float
         raise ValueError(f"which must be 'decoder', 'encoder' or 'both', got {which!r}")
     if not 0.0 < encoder_share < 1.0:
         raise ValueError(f"encoder_share must lie strictly between 0 and 1, got {encoder_share}")
-    if isinstance(source, str | Path):
-        decoder, encoder = _from_tensors(*_load(str(source)), str(source))
-    elif hasattr(source, "W_dec"):
-        decoder, encoder = source.W_dec, getattr(source, "W_enc", None)
-        if encoder is not None and encoder.shape != decoder.shape and encoder.T.shape == decoder.shape:
-            encoder = encoder.T  # SAELens objects keep [d, n]
-    elif hasattr(source, "saes"):
-        saes = source.saes
-        if len(saes) != 1:
-            raise ValueError(f"the model has {len(saes)} SAEs ({', '.join(saes)}): pass one of model.saes")
-        return read_dictionary(next(iter(saes.values())), which=which, encoder_share=encoder_share)
-    else:
-        decoder, encoder = _plain(source), None
-        if which != "decoder":
-            raise ValueError(f"which={which!r} needs an SAE or its file: a bare matrix is taken as the decoder")
+    decoder, encoder = decoder_and_encoder(source)
     if which == "decoder":
         return _plain(decoder)
     if encoder is None:
-        raise ValueError(f"which={which!r} needs encoder weights, and the source has none")
+        raise ValueError(f"which={which!r} needs encoder weights, and the source has none (a bare matrix is a decoder)")
     if which == "encoder":
         return _plain(encoder)
     return _joint(_plain(decoder), _plain(encoder), encoder_share)
+
+
+def decoder_and_encoder(source: Any) -> tuple[Any, Any]:
+    """The decoder of a source as `read_dictionary` takes it, and its encoder or None: as stored, features as rows."""
+    if isinstance(source, str | Path):
+        return _from_tensors(*_load(str(source)), str(source))
+    if hasattr(source, "W_dec"):
+        decoder, encoder = source.W_dec, getattr(source, "W_enc", None)
+        if encoder is not None and encoder.shape != decoder.shape and encoder.T.shape == decoder.shape:
+            encoder = encoder.T  # SAELens objects keep [d, n]
+        return decoder, encoder
+    if hasattr(source, "saes"):
+        saes = source.saes
+        if len(saes) != 1:
+            raise ValueError(f"the model has {len(saes)} SAEs ({', '.join(saes)}): pass one of model.saes")
+        return decoder_and_encoder(next(iter(saes.values())))
+    return source, None
+
+
+def recorded_alive(source: Any) -> np.ndarray | None:
+    """Indices of the features that were alive at the end of the run that a path belongs to; None where it is not known.
+
+    The run's ``summary.json`` says it of the weights that it ended with: earlier checkpoints have none.
+    """
+    if not isinstance(source, str | Path):
+        return None
+    path, name = layouts.split_name(source)
+    file = layouts.file_in(path)
+    record = file.parent / layouts.SUMMARY
+    if not record.is_file():
+        return None
+    summary = layouts.load_json(record)
+    alive = {
+        key.removeprefix(layouts.ALIVE).replace("-", "."): value
+        for key, value in summary.items()
+        if key.startswith(layouts.ALIVE)
+    }
+    earlier = file.stem.startswith("samples_") and file.stem != f"samples_{summary.get('samples')}"
+    if earlier or not alive:
+        return None
+    found = next(iter(alive.values())) if name is None and len(alive) == 1 else alive.get(str(name).replace("-", "."))
+    return None if found is None else np.asarray(found, dtype=np.int64)
+
+
+def device_of(*sources: Any) -> torch.device:
+    """The GPU that one of the sources lies on, else the CPU."""
+    tensors = (source if isinstance(source, Tensor) else getattr(source, "W_dec", None) for source in sources)
+    return next((t.device for t in tensors if isinstance(t, Tensor) and t.is_cuda), torch.device("cpu"))
 
 
 def check_rows(x: Tensor, name: str) -> None:
@@ -74,10 +108,27 @@ def check_rows(x: Tensor, name: str) -> None:
         raise ValueError(f"{name} must be finite, but has NaN or infinite entries in {len(bad)} rows: {shown}")
 
 
-def _norms(x: Tensor) -> np.ndarray:
+def kept_rows(x: Tensor, alive: Any, name: str, zero_rows: str = "drop", threads: int | None = None) -> np.ndarray:
+    """Indices of the rows of x (n, d) that take part: those alive and, with zero_rows="drop", not zero.
+
+    alive: a boolean mask (n,), or None for all. Raises ValueError when it is something else; `name` says of what.
+    """
+    keep = np.ones(len(x), dtype=bool)
+    if alive is not None:
+        mask = torch.as_tensor(alive)
+        if mask.dtype != torch.bool or mask.shape != (len(x),):
+            got = f"{mask.dtype} {tuple(mask.shape)}"
+            raise ValueError(f"alive for {name} must be a boolean mask of shape ({len(x)},), got {got}")
+        keep &= mask.cpu().numpy()
+    if zero_rows == "drop":
+        keep &= _norms(x, threads) > 0
+    return np.flatnonzero(keep)
+
+
+def _norms(x: Tensor, threads: int | None = None) -> np.ndarray:
     from e2e_fast.kernels.neighbours import row_norms
 
-    return row_norms(x).numpy()
+    return row_norms(x, threads).numpy()
 
 
 def _plain(x: Any) -> Tensor:

@@ -31,10 +31,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from e2e_fast.compare.assignment import best_net, core, edge_values
-from e2e_fast.compare.dictionaries import check_rows, read_dictionary
+from e2e_fast.compare.dictionaries import check_rows, device_of, kept_rows, read_dictionary
+from e2e_fast.compare.nearest import best_of_each
 from e2e_fast.compare.similarities import Candidates, Similarities
 from e2e_fast.compare.statistics import null_mean
 
@@ -128,6 +128,28 @@ class Matching:
         """Share of the matched pairs with similarity above the threshold; NaN without pairs."""
         return float((self.similarity > threshold).mean()) if len(self.rows) else math.nan
 
+    def summary(self) -> dict[str, Any]:
+        """The numbers that tables show, JSON-able; None where a number does not exist."""
+        n, m, _ = self.shape
+        best = {"row": self.row_best_similarity, "col": self.col_best_similarity}
+        return {
+            "pairs": len(self.rows),
+            "shape": list(self.shape),
+            "total": self.total,
+            "upper_bound": self.upper_bound,
+            "gap": self.gap,
+            "certified": self.certified,
+            "mean": _number(self.mean),
+            "null_mean": _number(self.null_mean),
+            "fraction_above": {str(t): _number(self.fraction_above(t)) for t in (0.5, 0.7, 0.9)},
+            **{f"{side}_best_mean": _number(_mean(of[~np.isnan(of)])) for side, of in best.items()},
+            "mutual": len(self.mutual),
+            "exchangeable": int((self.tie_group >= 0).sum()),
+            "left_out": [len(self.left_out_rows), len(self.left_out_cols)],
+            "unmatched": [n - len(self.rows) - len(self.left_out_rows), m - len(self.cols) - len(self.left_out_cols)],
+            "stats": self.stats,
+        }
+
 
 def match_dictionaries(
     A: Any,
@@ -181,7 +203,9 @@ def match_dictionaries(
     if center:
         sides = [side - side.mean(dim=0, dtype=torch.float64).to(side.dtype) for side in sides]
     wide = torch.promote_types(sides[0].dtype, sides[1].dtype)
-    kept = [_kept(side, mask, name, zero_rows, threads) for side, mask, name in zip(sides, alive, "AB", strict=True)]
+    kept = [
+        kept_rows(side, mask, name, zero_rows, threads) for side, mask, name in zip(sides, alive, "AB", strict=True)
+    ]
     used = [
         side.to(wide) if len(k) == len(side) else side[torch.from_numpy(k)].to(wide)
         for side, k in zip(sides, kept, strict=True)
@@ -193,16 +217,18 @@ def match_dictionaries(
         candidates=candidates, seed=seed, time_limit=time_limit,
         began=began, began_cpu=began_cpu, on_progress=on_progress,
         precision=precision, absolute=absolute, block_rows=block_rows, threads=threads,
-        device=_device(A, B) if device is None else device,
+        device=device_of(A, B) if device is None else device,
     )  # fmt: skip
     found = search.run()
     return _in_given_order(found, flip, kept, (sides[0].shape[0], sides[1].shape[0], sides[0].shape[1]), search.stats)
 
 
-def _device(*sources: Any) -> torch.device:
-    """The GPU that one of the dictionaries lies on, else the CPU."""
-    tensors = (source if isinstance(source, Tensor) else getattr(source, "W_dec", None) for source in sources)
-    return next((t.device for t in tensors if isinstance(t, Tensor) and t.is_cuda), torch.device("cpu"))
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else math.nan
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
 
 
 def core_precisions() -> tuple[str, ...]:
@@ -297,11 +323,11 @@ class _Search:
         self.stats["edges"] = len(col)
 
         self._report("best")
-        row_best = _nearest(s, seen.row_level, seen.cut, start, col, value)
+        row_best = best_of_each(s, seen.row_level, seen.cut, start, col, value)
         turned = s.transposed()
         t_start, t_col, t_value = core().transpose_rows(start, col, value, m)
         cut = bool(seen.cut.any())
-        col_best = _nearest(turned, seen.col_level, np.full(m, cut), t_start, t_col, t_value)
+        col_best = best_of_each(turned, seen.col_level, np.full(m, cut), t_start, t_col, t_value)
         self._note("best")
 
         # Without its pair a row takes another column and the column another row, or none: both new pairs cost.
@@ -344,42 +370,6 @@ class _Search:
         for key, spent in (("seconds", now - self._clock), ("cpu_seconds", cpu_now - self._cpu_clock)):
             self.stats[key][stage] = self.stats[key].get(stage, 0.0) + spent
         self._clock, self._cpu_clock = now, cpu_now
-
-
-def _kept(side: Tensor, alive: Any, name: str, zero_rows: str, threads: int | None) -> np.ndarray:
-    """Indices of the rows that take part."""
-    from e2e_fast.kernels.neighbours import row_norms
-
-    keep = np.ones(len(side), dtype=bool)
-    if alive is not None:
-        mask = torch.as_tensor(alive)
-        if mask.dtype != torch.bool or mask.shape != (len(side),):
-            got = f"{mask.dtype} {tuple(mask.shape)}"
-            raise ValueError(f"alive for {name} must be a boolean mask of shape ({len(side)},), got {got}")
-        keep &= mask.cpu().numpy()
-    if zero_rows == "drop":
-        keep &= row_norms(side, threads).numpy() > 0
-    return np.flatnonzero(keep)
-
-
-def _nearest(
-    s: Similarities, row_level: np.ndarray, unknown: np.ndarray, start: np.ndarray, col: np.ndarray, value: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Each row's most similar column and the similarity, over all columns: a row whose best candidate does not beat the
-    sweep's threshold by the error bound is swept once more."""
-    best = best_net(start, col, value, np.zeros(s.shape[1]))
-    unlisted = row_level + s.row_error + s.col_error.max()
-    doubtful = np.flatnonzero((best <= unlisted) | unknown)
-    if len(doubtful):
-        level = np.nextafter(best[doubtful], -np.inf)
-        level[np.isinf(level)] = -2.0
-        found = s.price(doubtful, level, np.zeros(s.shape[1]), keep=64, row_cap=s.shape[1])
-        start, col, value = core().merge_rows(start, col, value, found.pairs, found.value, s.shape[1])
-        best = best_net(start, col, value, np.zeros(s.shape[1]))
-    at = np.flatnonzero(value == np.repeat(best, np.diff(start)))
-    row = np.repeat(np.arange(s.shape[0]), np.diff(start))[at]
-    first = np.searchsorted(row, np.arange(s.shape[0]))  # columns ascend within a row: the lowest index of a tie
-    return col[at[first]].astype(np.int64), best
 
 
 def _second_net(start, col, value, price, own) -> np.ndarray:

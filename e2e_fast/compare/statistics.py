@@ -1,4 +1,4 @@
-"""What matched similarities mean: the null of random dictionaries, and greedy matching for comparison.
+"""What similarities mean: the null of random dictionaries, intervals of differences, and greedy matching.
 
 A forced one-to-one matching pairs everything, so its mean is positive even between unrelated dictionaries: `null_mean`
 is that mean for random directions. Greedy matching, by falling similarity, is what many scripts do; it never totals
@@ -8,6 +8,8 @@ more than the optimum.
 0.119
 """
 
+import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -27,12 +29,60 @@ def null_mean(n: int, m: int, d: int) -> float:
     if d < 2 or small < 1:
         return float("nan")
     tail = (0.63 + (0.315 + 16 / d**2) * (small / large) ** 2.25) / large
-    # cos φ of a random direction has density sin^(d−2) φ; integrate the tail from φ = 0 on a fine grid.
+    phi, mass = _random_angle(d)
+    return float(np.cos(np.interp(min(tail, 1.0), mass, phi)))
+
+
+def null_best_mean(candidates: int, d: int) -> float:
+    """Expected cosine of the most similar of ``candidates`` independent random directions in d dimensions.
+
+    What best-of-each statistics (`Matching.row_best`, `nearest_others`) give on random dictionaries; exact but for the
+    integration. NaN for d < 2 or no candidates.
+
+    >>> round(null_best_mean(1, 16), 6), round(null_best_mean(2000, 768), 3)
+    (0.0, 0.124)
+    """
+    if d < 2 or candidates < 1:
+        return float("nan")
+    phi, mass = _random_angle(d)
+    none_closer = (1 - mass) ** candidates
+    return float(((np.cos(phi[1:]) + np.cos(phi[:-1])) / 2 * (none_closer[:-1] - none_closer[1:])).sum())
+
+
+def mean_differences(
+    values: Mapping[str, np.ndarray], *, resamples: int = 2000, level: float = 0.95, seed: int = 0
+) -> dict[tuple[str, str], tuple[float, float, float]]:
+    """Differences of the means of every two samples with a bootstrap interval: {(a, b): (difference, low, high)}.
+
+    Percentile bootstrap over the entries of each sample, drawn independently. It says how far the mean depends on which
+    features there are, not how far another training run would differ. Samples without entries are left out.
+
+    >>> found = mean_differences({"a": np.arange(200.0), "b": np.arange(200.0) + 50})
+    >>> difference, low, high = found["a", "b"]
+    >>> difference, -65 < low < -50 < high < -35
+    (-50.0, True)
+    """
+    rng = np.random.default_rng(seed)
+    means = {name: _resampled_means(x, resamples, rng) for name, x in values.items() if len(x)}
+    found = {}
+    for a, b in itertools.combinations(means, 2):
+        low, high = np.quantile(means[a] - means[b], [(1 - level) / 2, (1 + level) / 2])
+        found[a, b] = (float(values[a].mean() - values[b].mean()), float(low), float(high))
+    return found
+
+
+def _resampled_means(x: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    return np.array([x[rng.integers(len(x), size=len(x))].mean() for _ in range(resamples)])
+
+
+def _random_angle(d: int) -> tuple[np.ndarray, np.ndarray]:
+    """Angles on a fine grid of [0, π], and the probability that two random directions lie no further apart."""
+    # cos φ of a random direction has density sin^(d−2) φ.
     phi = np.linspace(0.0, np.pi, 200_001)
     with np.errstate(divide="ignore"):
         density = np.exp((d - 2) * np.log(np.sin(phi))) if d > 2 else np.ones_like(phi)
     mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    return float(np.cos(np.interp(min(tail, 1.0), mass / mass[-1], phi)))
+    return phi, mass / mass[-1]
 
 
 def greedy_matching(A: Any, B: Any, *, candidates: int = 64, threads: int | None = None, seed: int = 0) -> np.ndarray:

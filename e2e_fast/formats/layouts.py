@@ -31,7 +31,11 @@ from torch import Tensor
 _DECODERS = (("W_dec", False), ("W_D", False), ("decoder.weight", True))
 _ENCODERS = (("W_enc", True), ("W_E", True), ("encoder.0.weight", False), ("encoder.weight", False))
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
-_FOLDER_FILES = ("sae_weights.safetensors", "sae.safetensors", "ae.pt", "final.safetensors", "model.safetensors")
+FOLDER_FILES = ("sae_weights.safetensors", "sae.safetensors", "ae.pt", "final.safetensors", "model.safetensors")
+SUMMARY = "summary.json"
+"""What a finished run of ours says of itself, beside its weights."""
+ALIVE = "sparsity/alive_dict_elements_indices_final/"
+"""Prefix of its keys under which the alive features of a position are listed: e2e_sae's name."""
 SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".safetensors")
 
 
@@ -50,7 +54,7 @@ def file_in(path: Path) -> Path:
         raise FileNotFoundError(f"no such file or folder: {path}")
     if path.is_file():
         return path
-    known = [path / name for name in _FOLDER_FILES if (path / name).is_file()]
+    known = [path / name for name in FOLDER_FILES if (path / name).is_file()]
     if known:
         return known[0]
     # e2e_sae's folders: samples_N.pt or .safetensors, the largest N is the last.
