@@ -139,7 +139,7 @@ class Pool {
     {
       const std::lock_guard lock(mutex_);
       try {
-        for (; workers_ < helpers; ++workers_) std::thread([this, number = workers_ + 1] { serve(number); }).detach();
+        for (; workers_ < helpers; ++workers_) std::thread([this] { serve(); }).detach();
       } catch (const std::system_error&) {
         // No more threads to be had: those that exist, or the caller alone, do the work.
       }
@@ -155,12 +155,12 @@ class Pool {
   }
 
  private:
-  void serve(int number) {
+  void serve() {
     inside = true;
     std::unique_lock lock(mutex_);
     for (;;) {
       wake_.wait(lock, [this] { return wanted_ > 0; });
-      --wanted_;
+      const int number = wanted_--;
       ++active_;
       Loop* const loop = loop_;
       lock.unlock();
