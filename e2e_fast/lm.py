@@ -104,7 +104,8 @@ def load_lm(
     "none" leaves the model as it came. ``device=None`` leaves it where it is; ``tokenizer`` overrides the one found
     beside the model. ``compile`` runs its blocks through torch.compile (`LM.compile`).
 
-    Raises ValueError for an unknown architecture, processing or kind of object.
+    Raises ValueError for an unknown architecture, processing or kind of object, FileNotFoundError where a path (a
+    ``Path``, or a name that can only be one) leads to no saved model.
 
     A path that ends in ``.pt`` is a HookedTransformer that e2e_sae trained (``tlens_model_path``; needs TransformerLens
     3): it is run as it is under either processing, as e2e_sae does.
@@ -120,9 +121,7 @@ def load_lm(
         return lm.compile() if compile and lm.compiled is None else lm
     source = None
     if isinstance(model, str | os.PathLike):
-        source = embedded.path() if str(model) == "embedded" else ALIASES.get(str(model), str(model))
-        if source.startswith("pythia-"):
-            source = f"EleutherAI/{source}"
+        source = _source(model)
         model = _from_pretrained(source, dtype or torch.float32)
     elif dtype is not None:
         raise ValueError(f"dtype is for models loaded by name, got {dtype} and a {type(model).__name__}")
@@ -775,6 +774,22 @@ def _front_configs(config: Any) -> _Configs:
     no_masks = copy.copy(masks)
     no_masks._attn_implementation = "none_needed"
     return _Configs(masks, no_masks)
+
+
+def _source(model: str | os.PathLike[str]) -> str:
+    """The folder or the hub's name of a model; a path that leads nowhere is not looked up on the hub."""
+    name = os.fspath(model)
+    if name == "embedded":
+        return embedded.path()
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"model must be a folder with a config.json, which {name} has not")
+        return str(folder)
+    if not isinstance(model, str) or name.startswith(("/", ".", "~")) or name.endswith("/") or name.count("/") > 1:
+        raise FileNotFoundError(f"model must be a name or a folder with a saved model; there is no folder {name}")
+    name = ALIASES.get(name, name)
+    return f"EleutherAI/{name}" if name.startswith("pythia-") else name
 
 
 def _from_pretrained(source: str, dtype: torch.dtype) -> Any:
