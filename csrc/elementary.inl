@@ -1,10 +1,11 @@
-// exp and tanh of a register of floats. Needs lanes.inl.
+// exp, 2^x and tanh of a register of floats. Needs lanes.inl.
+
+constexpr float kRound = 12582912.f;  // 1.5 · 2^23: adding it rounds to an integer, in the low bits
 
 /// e^x: x = n·ln 2 + r, |r| ≤ ln 2 / 2, e^r = 1 + r + r² q(r) with the q of degree 4 whose greatest relative error is
 /// least (2^-28; our fit), times 2^n.
 E2E_INLINE Lanes exp(Lanes x) {
   constexpr float kSmallest = -87.33654f;  // below: 0 instead of a subnormal
-  constexpr float kRound = 12582912.f;     // 1.5 · 2^23: adding it rounds to an integer, in the low bits
   const Lanes shifted = x * 1.44269504f + kRound, n = shifted - kRound;
   Lanes r = x - n * 0.693359375f;  // ln 2 in two parts; the first product is exact
   r = r + n * 2.12194440e-4f;
@@ -24,10 +25,33 @@ E2E_INLINE Lanes exp(Lanes x) {
 #endif
 }
 
-/// tanh: an odd polynomial near 0 (where 1 - e would cancel), (1 - e) / (1 + e) with e = exp(-2|x|) elsewhere.
-E2E_INLINE Lanes tanh(Lanes x) {
+/// 2^x for |x| ≤ 120: x = n + r, |r| ≤ ½, 2^r = 1 + r q(r) with the q of degree 5 whose greatest relative error is least
+/// (2^-26 with its coefficients in float; our fit), and n added to the exponent's bits. Without exp's two products by ln 2.
+E2E_INLINE Lanes exp2_near(Lanes x) {
+  const Lanes shifted = x + kRound, r = x - (shifted - kRound);
+  Lanes p = fill(0.0001535336196f);
+  p = p * r + 0.001339887502f;
+  p = p * r + 0.009618436918f;
+  p = p * r + 0.05550332367f;
+  p = p * r + 0.2402264774f;
+  p = p * r + 0.6931471825f;
+  p = p * r + 1.f;
+  return (Lanes)((WordLanes)p + ((WordLanes)shifted << 23));
+}
+
+/// 2^x for x ≤ 120; 0 instead of a subnormal.
+E2E_INLINE Lanes exp2(Lanes x) { return x < -125.f ? Lanes{} : exp2_near(x); }
+
+/// tanh x and its slope 1 - tanh² x.
+struct Tanh {
+  Lanes value, slope;
+};
+
+/// tanh: an odd polynomial near 0 (where 1 - e would cancel), (1 - e) / (1 + e) with e = exp(-2|x|) elsewhere. The slope,
+/// 4 e / (1 + e)², keeps its digits where tanh is near ±1.
+E2E_INLINE Tanh tanh_and_slope(Lanes x) {
   const Lanes size = absolute(x);
-  const Lanes e = exp(size * -2.f);
+  const Lanes e = exp(size * -2.f), inverse = 1.f / (1.f + e);
   const Lanes far = (1.f - e) / (1.f + e);
   const Lanes q = x * x;
   Lanes p = fill(-0.00886323552990219656f);  // Taylor: 1 - x²/3 + 2x⁴/15 - 17x⁶/315 + 62x⁸/2835 - 1382x¹⁰/155925
@@ -37,5 +61,7 @@ E2E_INLINE Lanes tanh(Lanes x) {
   p = p * q - 0.333333333333333333f;
   const Lanes near = x + x * (q * p);
   const Lanes signed_far = (Lanes)((IntLanes)far | ((IntLanes)x & (int32_t)0x80000000));
-  return size < 0.25f ? near : signed_far;
+  return {size < 0.25f ? near : signed_far, 4.f * e * inverse * inverse};
 }
+
+E2E_INLINE Lanes tanh(Lanes x) { return tanh_and_slope(x).value; }

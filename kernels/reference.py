@@ -165,15 +165,26 @@ def linear_kl_shared(
     return torch.stack([linear_kl(student, teacher, weight, bias, softcap=softcap) for student in students])
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None = None, softcap: float | None = None
+) -> Tensor:
     """``softmax(scale · q kᵀ, over keys up to the query's own token) v``, tokens before heads in the result.
 
-    q (B, H, T, D), k and v (B, K, T, D), K a divisor of H: query head h reads key head h // (H / K).
+    q (B, H, T, D), k and v (B, K, T, D), K a divisor of H: query head h reads key head h // (H / K). ``window``: a
+    token attends to so many, itself among them. ``softcap`` c makes scores c · tanh(s / c).
     """
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    unseen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
-    scores = (scale * q @ k.mT).masked_fill(unseen, -torch.inf)
+    scores = scale * q @ k.mT
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~seen_keys(q.shape[2], window, q.device), -torch.inf)
     return (torch.softmax(scores, -1) @ v).transpose(1, 2)
+
+
+def seen_keys(tokens: int, window: int | None, device: torch.device) -> Tensor:
+    """(T, T): whether query i attends to key j."""
+    seen = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+    return seen if window is None else seen.triu(1 - window)
 
 
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
