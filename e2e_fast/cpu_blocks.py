@@ -1,6 +1,6 @@
 """A frozen model's blocks on a CPU in float32, with this library's operators in torch's place.
 
-    attention      kernels.attention, where Hugging Face's model would call SDPA without a mask
+    attention      kernels.attention, in place of SDPA, Gemma 2's and GPT-Neo's own, under causal masks and windows
     GELU           kernels.gelu: transformers composes GPT-2's of seven operations, and torch is slow at it
     linear layers  oneDNN's product, which on AMD processors is faster than MKL's; no gradient of a weight is prepared
 
@@ -21,15 +21,19 @@ True
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from e2e_fast import kernels
+from e2e_fast.kernels import reference
 from e2e_fast.kernels._gemm import frozen_linear
 
 ATTENTION = "e2e_fast"
@@ -37,6 +41,9 @@ ATTENTION = "e2e_fast"
 
 MODE = "e2e_fast_mode"
 """Attribute of an attention module that holds its model's `Mode`."""
+
+USUAL = "e2e_fast_usual"
+"""Attribute of an attention module that holds the function which it calls by default, where that is not SDPA."""
 
 GELUS = {
     "NewGELUActivation": "tanh",
@@ -47,8 +54,14 @@ GELUS = {
 }
 """transformers' modules → the form of GELU that each computes."""
 
-CHANGES = ("position_bias", "cache", "softcap", "head_mask", "s_aux")
+CHANGES = ("position_bias", "cache", "head_mask", "s_aux")
 """Arguments of attention functions that change what is computed."""
+
+EAGER = ("Gemma2Attention",)
+"""Attention whose eager form, which it has by default for its soft cap, is ours too. Elsewhere eager was asked for."""
+
+_WINDOWS: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
+"""Attention masks that have been read → the window that they stand for, tokens; 0 where they are of another kind."""
 
 
 class Mode:
@@ -74,12 +87,18 @@ def speed_up(blocks: Iterable[nn.Module]) -> Mode:
             for name, child in module.named_children():
                 if (part := _part(child, mode)) is not None:
                     setattr(module, name, part)
-            config = vars(module).get("config")
-            if config is not None and getattr(config, "_attn_implementation", None) == "sdpa":
+            config, kind = vars(module).get("config"), type(module).__name__
+            usual = "eager" if kind in EAGER else "sdpa"
+            if config is not None and getattr(config, "_attn_implementation", None) == usual:
                 if id(config) not in configs:
                     configs[id(config)] = _with_our_attention(config)
                 module.config = configs[id(config)]
                 vars(module)[MODE] = mode
+                if kind in EAGER:
+                    vars(module)[USUAL] = sys.modules[type(module).__module__].eager_attention_forward
+            if kind == "GPTNeoSelfAttention":
+                attention: Any = module
+                attention._attn = partial(_attend_as_gpt_neo, module, mode, attention._attn)
     return mode
 
 
@@ -163,16 +182,56 @@ def _attend(
     is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers: ours where it computes what SDPA would, else SDPA's."""
+    """An attention function of transformers: ours where it computes the same, else the model's."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    plain = attention_mask is None and dropout == 0 and causal and all(options.get(name) is None for name in CHANGES)
+    plain = dropout == 0 and causal and all(options.get(name) is None for name in CHANGES)
     mode: Mode | None = vars(module).get(MODE)
-    fits = query.shape[2:] == key.shape[2:] and key.shape == value.shape and _is_float32_on_cpu(query)
-    if mode is not None and mode.fast and plain and fits:
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return kernels.attention(query, key, value, scale=scale), None
+    if mode is not None and mode.fast and plain and _fits(query, key, value):
+        window = _window(attention_mask, query.shape[2], options.get("sliding_window"))
+        if window:
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            softcap = options.get("softcap")
+            return kernels.attention(query, key, value, scale=scale, window=window, softcap=softcap), None
+    options |= {"dropout": dropout, "scaling": scaling}
+    if (eager := vars(module).get(USUAL)) is not None:
+        return eager(module, query, key, value, attention_mask, **options)
     sdpa: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    options |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
-    return sdpa(module, query, key, value, attention_mask, **options)
+    return sdpa(module, query, key, value, attention_mask, is_causal=is_causal, **options)
+
+
+def _attend_as_gpt_neo(
+    module: nn.Module,
+    mode: Mode,
+    usual: Callable[..., Any],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+) -> tuple[Tensor, Any]:
+    """GPT-Neo's ``_attn``: scores are not scaled, every other block has a window. Returns heads before tokens."""
+    dropout: Any = module.attn_dropout
+    if mode.fast and _fits(query, key, value) and not (dropout.training and dropout.p):
+        tokens, config = query.shape[2], vars(module)["config"]
+        if _window(attention_mask, tokens, None) == tokens:
+            window = config.window_size if vars(module)["attention_type"] == "local" else None
+            return kernels.attention(query, key, value, scale=1.0, window=window).transpose(1, 2), None
+    return usual(query, key, value, attention_mask)
+
+
+def _fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    return query.shape[2:] == key.shape[2:] and key.shape == value.shape and _is_float32_on_cpu(query)
+
+
+def _window(mask: Tensor | None, tokens: int, window: int | None) -> int:
+    """How many tokens a mask lets each token see: all before it, or ``window``; 0 where it is another mask."""
+    if mask is None:  # SDPA is causal then, whatever the window
+        return tokens
+    if torch.compiler.is_compiling():
+        return 0
+    if mask not in _WINDOWS:
+        seen = mask if mask.dtype == torch.bool else mask == 0
+        known = (w for w in (tokens, window) if w and (seen == reference.seen_keys(tokens, w, mask.device)).all())
+        _WINDOWS[mask] = next(known, 0) if mask.shape[-2:] == (tokens, tokens) else 0
+    return _WINDOWS[mask]

@@ -11,6 +11,7 @@ from lm_models import FAMILIES, random_model, random_tokens
 from torch import Tensor, nn
 
 from e2e_fast import SAE, cpu_blocks, kernels, load_lm, losses
+from e2e_fast.kernels import reference
 from e2e_fast.step import training_step
 
 REAL = ["babyllama-char", "stories260K", "tiny-gpt2"]
@@ -70,7 +71,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     ("family", "a_block"),
     [
         ("gpt2", (1, 1, 4)), ("gpt_neox", (1, 1, 4)), ("llama", (1, 0, 7)), ("gemma", (1, 1, 7)),
-        ("gpt_neo", (0, 1, 6)), ("gemma2", (0, 1, 7)),
+        ("gpt_neo", (1, 1, 6)), ("gemma2", (1, 1, 7)), ("mistral", (1, 0, 7)), ("gemma3_text", (1, 1, 7)),
     ],
 )  # fmt: skip
 def test_these_parts_of_a_block_are_ours(
@@ -82,7 +83,7 @@ def test_these_parts_of_a_block_are_ours(
     assert tuple(counts.values()) == tuple(lm.n_layers * n for n in a_block)
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", "llama", "gemma", "qwen3"])
+@pytest.mark.parametrize("family", ["gpt_neox", "llama", "gemma", "qwen3", "gemma2", "mistral"])
 def test_a_pass_that_does_not_ask_for_speed_runs_as_the_model_does(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,13 +107,43 @@ def test_splices_and_training_steps_are_as_fast_as_their_pass(monkeypatch: pytes
     assert counts["attention"] == 2 * (2 * lm.n_layers - 1)
 
 
-def test_a_sliding_window_that_the_batch_exceeds_keeps_the_models_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    lm = load_lm(random_model("mistral"))  # a window of 8
-    counts = calls(monkeypatch)
-    lm.original(random_tokens(2, 7), fast=True)
-    assert counts["attention"] == lm.n_layers
-    lm.original(random_tokens(2, 13), fast=True)
-    assert counts["attention"] == lm.n_layers
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("gpt_neo", {"window_size": 1}), ("gpt_neo", {"window_size": 30}), ("mistral", {"sliding_window": 3}),
+        ("gemma2", {"sliding_window": 3, "query_pre_attn_scalar": 3}), ("gemma2", {"attn_logit_softcapping": None}),
+        ("gemma2", {"attn_logit_softcapping": 0.5, "num_key_value_heads": 1}),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("tokens", [2, 19])
+def test_windows_caps_and_scales_of_attention_are_the_models(family: str, changes: dict[str, Any], tokens: int) -> None:
+    model, batch = random_model(family, **changes), random_tokens(3, tokens)
+    ours = log_probabilities_and_gradient(model, batch, fast=True)
+    theirs = log_probabilities_and_gradient(model, batch, fast=False)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours[1], theirs[1], rtol=0, atol=1e-5 * float(theirs[1].abs().max()))
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_attention_masks_are_read_once_for_what_they_are(additive: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    causal = reference.seen_keys(9, None, torch.device("cpu"))
+    masks = {
+        "causal": causal,
+        "window": causal.triu(-3),
+        "padded": causal & (torch.arange(9) > 1),
+        "short": causal[-1:],
+    }
+    if additive:
+        masks = {name: torch.zeros(mask.shape).masked_fill(~mask, -3e38) for name, mask in masks.items()}
+    expected = {"causal": 9, "window": 4, "padded": 0, "short": 0}
+    for name, mask in masks.items():
+        assert cpu_blocks._window(mask[None, None], 9, 4) == expected[name]
+        kept = mask.expand(2, 1, -1, -1)
+        assert cpu_blocks._window(kept, 9, 4) == expected[name]
+        with monkeypatch.context() as patch:
+            patch.setattr(reference, "seen_keys", None)
+            assert cpu_blocks._window(kept, 9, 4) == expected[name]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
