@@ -9,23 +9,14 @@
 /// gradient knows the last m and total, so p comes at once, beside ds = p (V g - g·out). Its sums over queries (dk, dv) have
 /// channels in lanes instead, and broadcast p and ds.
 
+#include "blocks.inl"
 #include "elementary.inl"
 
-#if E2E_SIMD == 2 || defined(__aarch64__)
-constexpr int64_t kRows = 8;  // broadcast by a tile: times B ≤ 3 registers they fill a register file of 32
-#else
-constexpr int64_t kRows = 4;  // of 16
-#endif
 constexpr int64_t kKeys = 64;            // of a chunk
-constexpr int64_t kBlock = 3 * kLanes;   // queries of a block
 constexpr float kLowest = -3.4e38f;      // the score of a key that may not be seen
 constexpr float kBounded = 46;           // scores up to this need no maximum: 2^±46 leaves room for sums and values
-constexpr float kLog2E = 1.44269504f;
 
 static int64_t query_tokens() { return kBlock; }
-
-/// D rounded up to whole registers: the length of a row of scratch memory.
-static int64_t padded(int64_t D) { return (D + kLanes - 1) / kLanes * kLanes; }
 
 /// f.operator()<B>() for a number of registers known at run time.
 template <class F>
@@ -44,56 +35,6 @@ static int64_t thread_scratch(const Attention& job, bool gradient) {
 
 // --- Layouts --------------------------------------------------------------------------------------------------------
 
-/// Rows to columns: a perfect shuffle of all numbers, once for every bit of a lane's number.
-E2E_INLINE void transpose(Lanes (&rows)[kLanes]) {
-  IntLanes low, high;
-  for (int i = 0; i < kLanes; ++i) {
-    low[i] = i / 2 + i % 2 * kLanes;
-    high[i] = low[i] + kLanes / 2;
-  }
-#pragma GCC unroll 4
-  for (int turn = 1; turn < kLanes; turn *= 2) {
-    Lanes next[kLanes];
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes / 2; ++i) {
-      next[2 * i] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], low);
-      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], high);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
-  }
-}
-
-/// columns [d][kBlock] = scale · rows[token, d] of `count` tokens; the lanes beyond and rows [D, padded(D)) hold zeros.
-static void transpose_in(const float* rows, int64_t stride, int64_t count, int64_t D, float scale, float* columns) {
-  for (int64_t b = 0; b < 3; ++b)
-    for (int64_t d = 0; d < D; d += kLanes) {
-      Lanes m[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i) {
-        const float* const row = rows + (b * kLanes + i) * stride + d;
-        m[i] = b * kLanes + i >= count ? Lanes{} : d + kLanes <= D ? load(row) : load_part(row, D - d, 0);
-      }
-      transpose(m);
-      for (int64_t i = 0; i < kLanes; ++i) store(columns + (d + i) * kBlock + b * kLanes, m[i] * scale);
-    }
-}
-
-/// rows[token, d] = columns [d][kBlock] · factor[token] of `count` tokens.
-static void transpose_out(const float* columns, const Lanes (&factor)[3], int64_t count, int64_t D, float* rows,
-                          int64_t stride) {
-  for (int64_t b = 0; b * kLanes < count; ++b)
-    for (int64_t d = 0; d < D; d += kLanes) {
-      Lanes m[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i) m[i] = load(columns + (d + i) * kBlock + b * kLanes) * factor[b];
-      transpose(m);
-      for (int64_t i = 0; i < kLanes && b * kLanes + i < count; ++i) {
-        float* const row = rows + (b * kLanes + i) * stride + d;
-        if (d + kLanes <= D) store(row, m[i]);
-        else store_part(row, m[i], D - d);
-      }
-    }
-}
-
 /// packed [n][padded(D)] = scale · rows[n, :], zeros beyond D.
 static void pack(const float* rows, int64_t stride, int64_t count, int64_t D, float scale, float* packed) {
   const int64_t P = padded(D);
@@ -111,37 +52,13 @@ static void unpack(const float* packed, int64_t count, int64_t D, float* rows, i
 
 // --- Products -------------------------------------------------------------------------------------------------------
 
-/// out [r, b] = Σ_d rows[r, d] columns[d, b] for R rows, P apart, and B registers of columns; columns and out kBlock apart.
-template <int R, int B>
-E2E_INLINE void row_tile(const float* rows, int64_t P, const float* columns, int64_t D, float* out) {
-  Lanes sum[R][B];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 3
-    for (int b = 0; b < B; ++b) sum[r][b] = Lanes{};
-  for (int64_t d = 0; d < D; ++d) {
-    Lanes x[B];
-#pragma GCC unroll 3
-    for (int b = 0; b < B; ++b) x[b] = load(columns + d * kBlock + b * kLanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const Lanes c = fill(rows[r * P + d]);
-#pragma GCC unroll 3
-      for (int b = 0; b < B; ++b) sum[r][b] += c * x[b];
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 3
-    for (int b = 0; b < B; ++b) store(out + r * kBlock + b * kLanes, sum[r][b]);
-}
-
-/// The same for all of `count` rows.
+/// out [r, :] = Σ_d rows[r, d] columns[d, :] for `count` rows, P apart.
 template <int B>
 E2E_INLINE void row_products(const float* rows, int64_t count, int64_t P, const float* columns, int64_t D, float* out) {
   int64_t r = 0;
-  for (; r + kRows <= count; r += kRows) row_tile<kRows, B>(rows + r * P, P, columns, D, out + r * kBlock);
-  for (; r < count; ++r) row_tile<1, B>(rows + r * P, P, columns, D, out + r * kBlock);
+  for (; r + kRows <= count; r += kRows)
+    row_tile<kRows, B>(rows + r * P, P, 1, columns, D, nullptr, out + r * kBlock);
+  for (; r < count; ++r) row_tile<1, B>(rows + r * P, P, 1, columns, D, nullptr, out + r * kBlock);
 }
 
 /// sums[d, :] += Σ_r rows[r, d] columns[r, :] for d in [0, padded(D)), a multiple of kRows; `count` rows, P apart.
@@ -235,9 +152,9 @@ E2E_INLINE void each_chunk(const Attention& job, int64_t first, int64_t count, F
 E2E_INLINE Lanes where_seen(Lanes weight, Lanes rest, int64_t key, int64_t first, int64_t window) {
   IntLanes query;
   for (int i = 0; i < kLanes; ++i) query[i] = i;
-  const int32_t own = static_cast<int32_t>(key - first);
-  const int32_t last = window < kBlock + kKeys ? own + static_cast<int32_t>(window) : kBlock;
-  return (query >= own) & (query < last) ? weight : rest;
+  const int64_t own = key - first, beyond = own + window < kBlock ? own + window : kBlock;
+  const int32_t begin = static_cast<int32_t>(own), end = static_cast<int32_t>(beyond);
+  return (query >= begin) & (query < end) ? weight : rest;
 }
 
 /// s = cap · tanh(s): scores with a soft cap.

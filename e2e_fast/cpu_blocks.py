@@ -4,6 +4,9 @@
     GELU           kernels.gelu: transformers composes GPT-2's of seven operations, and torch is slow at it
     linear layers  oneDNN's product, which on AMD processors is faster than MKL's; no gradient of a weight is prepared
 
+    whole blocks   GPT-2's and GPT-Neo's up to WIDEST channels, where no graph is recorded: attention and three times
+                   kernels.branch (norm, layers, GELU and sum in one pass), instead of a dozen of torch's operators
+
 The numbers are the model's to float32 rounding, so these parts work only in passes that ask for it (`Mode.fast`): else,
 on a GPU, in other dtypes and under autocast each part does what the model's own did; inside torch.compile products and
 GELU are left to the compiler. `speed_up` changes modules in place: it is for the tree of modules that an LM has for
@@ -25,7 +28,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as nnf
@@ -35,6 +38,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from e2e_fast import kernels
 from e2e_fast.kernels import reference
 from e2e_fast.kernels._gemm import frozen_linear
+from e2e_fast.kernels.branch import Layer, Norm
 
 ATTENTION = "e2e_fast"
 """Our entry in transformers' table of attention functions."""
@@ -59,6 +63,9 @@ CHANGES = ("position_bias", "cache", "head_mask", "s_aux")
 
 EAGER = ("Gemma2Attention",)
 """Attention whose eager form, which it has by default for its soft cap, is ours too. Elsewhere eager was asked for."""
+
+WIDEST = 256
+"""Blocks with more channels have products that oneDNN does faster than `kernels.branch`."""
 
 _WINDOWS: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
 """Attention masks that have been read → the window that they stand for, tokens; 0 where they are of another kind."""
@@ -135,10 +142,15 @@ class Linear(nn.Module):
         super().__init__()
         self.weight, self.bias, self.transposed, self.mode = weight, bias, transposed, mode
 
+    @property
+    def layer(self) -> Layer:
+        """The weight as (F, D), and the bias."""
+        return Layer(self.weight.t() if self.transposed else self.weight, self.bias)
+
     def forward(self, x: Tensor) -> Tensor:
         """x (…, D) → (…, F)."""
         if _applies(self.mode, x) and not self.weight.requires_grad:
-            return frozen_linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
+            return frozen_linear(x, *self.layer)
         if self.transposed and self.bias is not None:  # as Conv1D does
             return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
         return nnf.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
@@ -155,6 +167,86 @@ class GELU(nn.GELU):
         if _applies(self.mode, input):
             return kernels.gelu(input, self.approximate)
         return super().forward(input)
+
+
+# --- Whole blocks ---------------------------------------------------------------------------------------------------
+
+
+class Parts(NamedTuple):
+    """A block ``x + out(attention(qkv(norm(x))))``, then ``x + down(gelu(up(norm(x))))``."""
+
+    attention_norm: Norm
+    qkv: tuple[Layer, ...]
+    """One layer, or one each."""
+    heads: int
+    scale: float
+    window: int | None
+    out: Layer
+    mlp_norm: Norm
+    up: Layer
+    gelu: str
+    down: Layer
+
+
+def whole_block(
+    block: nn.Module, mode: Mode, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
+    """A block's output by a few operators, without a graph; None where it must be run as it is."""
+    if not (mode.fast and x.shape[-1] <= WIDEST and _applies(mode, x)) or (x.requires_grad and torch.is_grad_enabled()):
+        return None
+    if (read := PARTS.get(type(block).__name__)) is None or not _is_causal(x.shape[1], args, kwargs):
+        return None
+    if (parts := read(block)) is None:
+        return None
+    B, T, D = x.shape
+    with torch.no_grad():
+        stream = x.reshape(B * T, D)
+        qkv = [kernels.branch(stream, layer, norm=parts.attention_norm) for layer in parts.qkv]
+        queries, keys, values = qkv if len(qkv) == 3 else qkv[0].split(D, dim=1)
+        q, k, v = (y.view(B, T, parts.heads, -1).transpose(1, 2) for y in (queries, keys, values))
+        attended = kernels.attention(q, k, v, scale=parts.scale, window=parts.window).view(B * T, D)
+        stream = kernels.branch(attended, parts.out, residual=stream)
+        stream = kernels.branch(
+            stream, parts.up, norm=parts.mlp_norm, gelu=parts.gelu, second=parts.down, residual=stream
+        )
+    return stream.view(B, T, D)
+
+
+def _is_causal(tokens: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a block's arguments say no more than that each token attends to those before it."""
+    rest = [*args, *(value for name, value in kwargs.items() if name not in ("attention_mask", "position_ids"))]
+    return all(value is None or value is False for value in rest) and _window(kwargs.get("attention_mask"), tokens, None) == tokens
+
+
+def _gpt2(block: Any) -> Parts | None:
+    attention = block.attn
+    if MODE not in vars(attention) or not isinstance(block.mlp.act, GELU):
+        return None
+    return Parts(
+        _norm(block.ln_1), (attention.c_attn.layer,), attention.num_heads, attention.scaling, None,
+        attention.c_proj.layer, _norm(block.ln_2), block.mlp.c_fc.layer, block.mlp.act.approximate,
+        block.mlp.c_proj.layer,
+    )  # fmt: skip
+
+
+def _gpt_neo(block: Any) -> Parts | None:
+    attention = block.attn.attention
+    if not isinstance(block.mlp.act, GELU):
+        return None
+    return Parts(
+        _norm(block.ln_1), (attention.q_proj.layer, attention.k_proj.layer, attention.v_proj.layer),
+        attention.num_heads, 1.0, attention.config.window_size if attention.attention_type == "local" else None,
+        attention.out_proj.layer, _norm(block.ln_2), block.mlp.c_fc.layer, block.mlp.act.approximate,
+        block.mlp.c_proj.layer,
+    )  # fmt: skip
+
+
+def _norm(module: Any) -> Norm:
+    return Norm(module.weight, module.bias, module.eps)
+
+
+PARTS: dict[str, Callable[[Any], Parts | None]] = {"GPT2Block": _gpt2, "GPTNeoBlock": _gpt_neo}
+"""Blocks that are run as a whole."""
 
 
 # --- Attention ------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from e2e_fast.kernels import reference
 from e2e_fast.kernels._buffers import empty
-from e2e_fast.kernels._native import array, has_native, native
+from e2e_fast.kernels._native import array, direct, has_native, native
 
 ALL = 1 << 30
 """The window of an attention that has none, tokens."""
@@ -54,7 +54,8 @@ def attention(
     if (window is not None and window < 1) or (softcap is not None and softcap <= 0):
         raise ValueError(f"window and softcap must be positive or None, got {window} and {softcap}")
     if q.device.type == "cpu" and q.dtype == k.dtype == v.dtype == torch.float32 and has_native():
-        return _attention(q, k, v, scale, window or ALL, softcap or 0.0)[0]
+        run = _forward if direct(q, k, v) else _attention
+        return run(q, k, v, scale, window or ALL, softcap or 0.0)[0]
     if softcap is not None:
         return reference.attention(q, k, v, scale=scale, window=window, softcap=softcap)
     seen = None if window is None or window >= q.shape[2] else reference.seen_keys(q.shape[2], window, q.device)
@@ -64,8 +65,7 @@ def attention(
     return out.transpose(1, 2)
 
 
-@torch.library.custom_op("e2e_fast::attention", mutates_args=(), device_types="cpu")
-def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float) -> tuple[Tensor, Tensor]:
     core, (B, H, T, D), threads = native(), q.shape, torch.get_num_threads()
     assert core is not None, "attention() takes torch's where the core is missing"
     out, softmax = q.new_empty(B, T, H, D), q.new_empty(2, B, H, T)
@@ -75,6 +75,9 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softc
         out.transpose(1, 2).numpy(), softmax.numpy(), array(scratch), threads,
     )  # fmt: skip
     return out, softmax
+
+
+_attention = torch.library.custom_op("e2e_fast::attention", _forward, mutates_args=(), device_types="cpu")
 
 
 def _rows(x: Tensor) -> object:

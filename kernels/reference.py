@@ -194,6 +194,24 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     return 0.5 * x * torch.erfc(-x / 2**0.5)
 
 
+def branch(
+    x: Tensor,
+    first: tuple[Tensor, Tensor | None],
+    *,
+    norm: tuple[Tensor, Tensor, float] | None = None,
+    gelu: str = "none",
+    second: tuple[Tensor, Tensor | None] | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``residual + W₂ gelu(W₁ norm(x) + b₁) + b₂``: layers are (weight, bias), ``norm`` is (gain, shift, eps)."""
+    if norm is not None:
+        x = nnf.layer_norm(x, x.shape[-1:], *norm)
+    y = nnf.linear(x, *first)
+    if second is not None:
+        y = nnf.linear(nnf.gelu(y, approximate=gelu), *second)
+    return y if residual is None else residual + y
+
+
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
     z = nnf.linear(hidden, weight, bias)
     return z if softcap is None else softcap * torch.tanh(z / softcap)

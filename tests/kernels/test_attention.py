@@ -61,7 +61,7 @@ def test_another_scale(route):
     compare(*inputs(1, 2, 2, 33, 8), scale=1.0)
 
 
-@pytest.mark.parametrize("window", [3, 5, 47, 64, 200])
+@pytest.mark.parametrize("window", [3, 5, 47, 64, 120, 200])
 @pytest.mark.parametrize("shape", [(2, 2, 1, 13, 8), (1, 3, 1, 131, 33)], ids=str)
 def test_a_window(route, shape, window):
     compare(*inputs(*shape), window=window)

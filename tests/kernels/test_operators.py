@@ -137,6 +137,7 @@ MODULES = [
     "adam",
     "attention",
     "autoencode",
+    "branch",
     "code_backward",
     "decode",
     "density",
