@@ -4,7 +4,7 @@
     GELU           kernels.gelu: transformers composes GPT-2's of seven operations, and torch is slow at it
     linear layers  oneDNN's product, which on AMD processors is faster than MKL's; no gradient of a weight is prepared
 
-    whole blocks   GPT-2's and GPT-Neo's up to WIDEST channels, where no graph is recorded: attention and three times
+    whole blocks   GPT-2's and GPT-Neo's up to WIDEST channels, where no graph is recorded: attention and a few times
                    kernels.branch (norm, layers, GELU and sum in one pass), instead of a dozen of torch's operators
 
 The numbers are the model's to float32 rounding, so these parts work only in passes that ask for it (`Mode.fast`): else,
@@ -215,7 +215,8 @@ def whole_block(
 def _is_causal(tokens: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a block's arguments say no more than that each token attends to those before it."""
     rest = [*args, *(value for name, value in kwargs.items() if name not in ("attention_mask", "position_ids"))]
-    return all(value is None or value is False for value in rest) and _window(kwargs.get("attention_mask"), tokens, None) == tokens
+    says_nothing = all(value is None or value is False for value in rest)
+    return says_nothing and _window(kwargs.get("attention_mask"), tokens, None) == tokens
 
 
 def _gpt2(block: Any) -> Parts | None:
