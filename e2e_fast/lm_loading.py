@@ -1,4 +1,11 @@
-"""From a name or folder to a Hugging Face model and its tokenizer, and the configurations that its front runs with."""
+"""From a name or folder to a Hugging Face model and its tokenizer, and the configurations that its front runs with.
+
+>>> source_of("gpt2-small"), source_of("pythia-70m")
+('gpt2', 'EleutherAI/pythia-70m')
+>>> source_of("./nope")
+Traceback (most recent call last):
+FileNotFoundError: model must be a name or a folder with a saved model; there is no folder ./nope
+"""
 
 import copy
 import os

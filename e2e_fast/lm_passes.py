@@ -1,6 +1,13 @@
 """The two passes of a frozen language model: `Original`, once and without a graph, and `Spliced`, with one.
 
 `e2e_fast.lm` says what they compute and how they are used together.
+
+>>> import torch
+>>> from e2e_fast import load_lm
+>>> original = load_lm("embedded").original(torch.arange(12).view(2, 6), at="blocks.1.hook_resid_pre")
+>>> spliced = original.splice(lambda x: 0.9 * x)
+>>> spliced.final.shape == original.final.shape, bool(spliced.kl() > 0)
+(True, True)
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

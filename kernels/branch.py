@@ -8,6 +8,8 @@ For the frozen language model on a CPU in float32. Operators of torch write what
 narrow model each costs as much to call as to compute. Here 48 tokens pass through all of it in a thread's caches.
 Everything else (float64, a GPU, no compiled core) goes through torch.
 
+Operator: ``e2e_fast::branch(x, gain, shift, eps, W₁, b₁, gelu, W₂, b₂, residual) -> y``.
+
 No gradient: raises RuntimeError where one would be recorded.
 
 >>> import torch
@@ -17,7 +19,6 @@ No gradient: raises RuntimeError where one would be recorded.
 True
 """
 
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from e2e_fast.kernels import reference
 from e2e_fast.kernels._buffers import empty
-from e2e_fast.kernels._native import array, has_native, native, strided
+from e2e_fast.kernels._native import array, direct, has_native, native, strided
 
 
 class Layer(NamedTuple):
@@ -66,17 +67,39 @@ def branch(
         raise RuntimeError("branch() has no gradient: call it under torch.no_grad()")
     if not (has_native() and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)):
         return reference.branch(x, first, norm=norm, gelu=gelu, second=second, residual=residual)
+    gain, shift, eps = norm or (None, None, 0.0)
+    run = _forward if direct(*tensors) else _branch
+    return run(x, gain, shift, eps, *first, gelu, *(second or (None, None)), residual)
+
+
+def _forward(
+    x: Tensor,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    first_weight: Tensor,
+    first_bias: Tensor | None,
+    gelu: str,
+    second_weight: Tensor | None,
+    second_bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
     core, threads = native(), torch.get_num_threads()
     assert core is not None, "branch() takes the reference where the core is missing"
-    hidden, inputs = first.weight.shape
-    outputs = second.weight.shape[0] if second else 0
+    hidden, inputs = first_weight.shape
+    outputs = 0 if second_weight is None else second_weight.shape[0]
     y = empty(x.shape[0], outputs or hidden)
     scratch = torch.empty(core.branch_scratch(inputs, hidden, outputs, threads))
-    gain, shift, eps = norm or (None, None, 0.0)
-    second_weight, second_bias = second or (None, None)
-    with torch.profiler.record_function("e2e_fast::branch") if torch.autograd._profiler_enabled() else nullcontext():
-        core.branch(
-            array(x), array(gain), array(shift), eps, strided(first.weight), array(first.bias), gelu == "tanh",
-            strided(second_weight), array(second_bias), array(residual), y.numpy(), scratch.numpy(), threads,
-        )  # fmt: skip
+    core.branch(
+        array(x), array(gain), array(shift), eps, strided(first_weight), array(first_bias), gelu == "tanh",
+        strided(second_weight), array(second_bias), array(residual), y.numpy(), scratch.numpy(), threads,
+    )  # fmt: skip
     return y
+
+
+_branch = torch.library.custom_op("e2e_fast::branch", _forward, mutates_args=(), device_types="cpu")
+
+
+@_branch.register_fake
+def _(x, gain, shift, eps, first_weight, first_bias, gelu, second_weight, second_bias, residual):
+    return x.new_empty(x.shape[0], (first_weight if second_weight is None else second_weight).shape[0])

@@ -612,14 +612,3 @@ def test_the_own_loop_script_runs_on_a_folder_and_a_text(
     lines = [line for line in capsys.readouterr().out.splitlines() if "KL" in line]
     first, last = (float(line.split("KL")[1].split()[0]) for line in lines)
     assert last < first
-
-
-@pytest.mark.parametrize("name", ["lm", "lm_blocks", "lm_architectures"])
-def test_documented_examples_run(name: str) -> None:
-    import doctest
-    import importlib
-
-    torch.manual_seed(0)
-    tried = doctest.testmod(importlib.import_module(f"e2e_fast.{name}"))
-    assert tried.attempted > 0
-    assert tried.failed == 0

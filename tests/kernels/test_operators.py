@@ -91,6 +91,7 @@ def operator_calls() -> dict[str, tuple]:
         ),
         "attention": (op.attention, (*queries_keys_values(), 0.5, 3, 2.0)),
         "attention_backward": (op.attention_backward, (*attended, torch.randn_like(attended[6]))),
+        "branch": (op.branch, (torch.randn(3, 5), None, None, 0.0, torch.randn(6, 5), None, "none", None, None, None)),
         "gelu": (op.gelu, (queries_keys_values()[0], "tanh")),
         "gelu_backward": (op.gelu_backward, (attended[0], attended[0], "none")),
         "linear_kl": (op.linear_kl, (x, teacher, unembed, bias, 2.0, True)),
