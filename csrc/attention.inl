@@ -1,87 +1,39 @@
-/// A block of queries stands in lanes, B registers wide, everything of it transposed: q [d][query], scores [key][query],
-/// sums [d][query]. Keys and values are broadcast, so that maxima, sums and exponentials never cross lanes. Keys come in
-/// chunks that stay in the caches, up to the last one that the block may see:
+/// A block of queries stands in lanes, kBlock of them in three registers, everything of it transposed: q [d][query],
+/// scores [key][query], sums [d][query]. Keys and values are broadcast, so that maxima, sums and exponentials never cross
+/// lanes. Keys come in chunks that stay in the caches; up to the block's first query all lanes see them, after it a
+/// register's worth at a time with the registers that may see them. Scores are in units of ln 2:
 ///
-///   s = K q      m' = max(m, s)      p = e^(s - m')      total = e^(m - m') total + Σ p      o = e^(m - m') o + Vᵀ p
+///   s = K q      m' = max(m, s)      p = 2^(s - m')      total = 2^(m - m') total + Σ p      o = 2^(m - m') o + Vᵀ p
 ///
-/// The gradient knows lse, so p = e^(s - lse) comes at once, beside ds = p (V g - g·out). Its sums over queries
-/// (dk, dv) have channels in lanes instead, and broadcast p and ds.
+/// Where norms bound the scores (|s| ≤ |q| |k|) m is 0: there are no maxima and nothing to bring to new ones. The
+/// gradient knows the last m and total, so p comes at once, beside ds = p (V g - g·out). Its sums over queries (dk, dv) have
+/// channels in lanes instead, and broadcast p and ds.
 
+#include "blocks.inl"
 #include "elementary.inl"
 
-#if E2E_SIMD == 2 || defined(__aarch64__)
-constexpr int64_t kRows = 8;  // broadcast by a tile: times B ≤ 3 registers they fill a register file of 32
-#else
-constexpr int64_t kRows = 4;  // of 16
-#endif
-constexpr int64_t kKeys = 64;          // of a chunk
-constexpr float kLowest = -3.4e38f;    // the score of a key that may not be seen
+constexpr int64_t kKeys = 64;            // of a chunk
+constexpr float kLowest = -3.4e38f;      // the score of a key that may not be seen
+constexpr float kBounded = 46;           // scores up to this need no maximum: 2^±46 leaves room for sums and values
 
-static int64_t query_tokens() { return 3 * kLanes; }
+static int64_t query_tokens() { return kBlock; }
 
-/// D rounded up to whole registers: the length of a row of scratch memory.
-static int64_t padded(int64_t D) { return (D + kLanes - 1) / kLanes * kLanes; }
+/// f.operator()<B>() for a number of registers known at run time.
+template <class F>
+E2E_INLINE void with_registers(int64_t B, F&& f) {
+  if (B == 1) f.template operator()<1>();
+  else if (B == 2) f.template operator()<2>();
+  else f.template operator()<3>();
+}
 
 /// Floats of scratch memory of one thread.
 static int64_t thread_scratch(const Attention& job, bool gradient) {
-  const int64_t P = padded(job.D), block = 3 * kLanes;
-  return gradient ? 4 * job.T * P + 5 * block * P + 2 * kKeys * block + 2 * block
-                  : 2 * job.T * P + 2 * block * P + kKeys * block;
+  const int64_t P = padded(job.D);
+  return gradient ? 4 * job.T * P + 5 * kBlock * P + 2 * kKeys * kBlock
+                  : (2 * P + 1) * job.T + 2 * kBlock * P + kKeys * kBlock;
 }
 
 // --- Layouts --------------------------------------------------------------------------------------------------------
-
-/// Rows to columns: a perfect shuffle of all numbers, once for every bit of a lane's number.
-E2E_INLINE void transpose(Lanes (&rows)[kLanes]) {
-  IntLanes low, high;
-  for (int i = 0; i < kLanes; ++i) {
-    low[i] = i / 2 + i % 2 * kLanes;
-    high[i] = low[i] + kLanes / 2;
-  }
-#pragma GCC unroll 4
-  for (int turn = 1; turn < kLanes; turn *= 2) {
-    Lanes next[kLanes];
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes / 2; ++i) {
-      next[2 * i] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], low);
-      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], high);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
-  }
-}
-
-/// columns [d][token] = scale · rows[token, d] of `count` tokens; the lanes beyond and rows [D, padded(D)) hold zeros.
-template <int B>
-static void transpose_in(const float* rows, int64_t stride, int64_t count, int64_t D, float scale, float* columns) {
-  for (int64_t b = 0; b < B; ++b)
-    for (int64_t d = 0; d < D; d += kLanes) {
-      Lanes m[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i) {
-        const float* const row = rows + (b * kLanes + i) * stride + d;
-        m[i] = b * kLanes + i >= count ? Lanes{} : d + kLanes <= D ? load(row) : load_part(row, D - d, 0);
-      }
-      transpose(m);
-      for (int64_t i = 0; i < kLanes; ++i) store(columns + ((d + i) * B + b) * kLanes, m[i] * scale);
-    }
-}
-
-/// rows[token, d] = columns [d][token] · factor[token] of `count` tokens.
-template <int B>
-static void transpose_out(const float* columns, const Lanes (&factor)[B], int64_t count, int64_t D, float* rows,
-                          int64_t stride) {
-  for (int64_t b = 0; b < B; ++b)
-    for (int64_t d = 0; d < D; d += kLanes) {
-      Lanes m[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i) m[i] = load(columns + ((d + i) * B + b) * kLanes) * factor[b];
-      transpose(m);
-      for (int64_t i = 0; i < kLanes && b * kLanes + i < count; ++i) {
-        float* const row = rows + (b * kLanes + i) * stride + d;
-        if (d + kLanes <= D) store(row, m[i]);
-        else store_part(row, m[i], D - d);
-      }
-    }
-}
 
 /// packed [n][padded(D)] = scale · rows[n, :], zeros beyond D.
 static void pack(const float* rows, int64_t stride, int64_t count, int64_t D, float scale, float* packed) {
@@ -100,37 +52,13 @@ static void unpack(const float* packed, int64_t count, int64_t D, float* rows, i
 
 // --- Products -------------------------------------------------------------------------------------------------------
 
-/// out [r, b] = Σ_d rows[r, d] columns[d, b] for R rows, P apart, and B registers of columns.
-template <int R, int B>
-E2E_INLINE void row_tile(const float* rows, int64_t P, const float* columns, int64_t D, float* out) {
-  Lanes sum[R][B];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 3
-    for (int b = 0; b < B; ++b) sum[r][b] = Lanes{};
-  for (int64_t d = 0; d < D; ++d) {
-    Lanes x[B];
-#pragma GCC unroll 3
-    for (int b = 0; b < B; ++b) x[b] = load(columns + (d * B + b) * kLanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const Lanes c = fill(rows[r * P + d]);
-#pragma GCC unroll 3
-      for (int b = 0; b < B; ++b) sum[r][b] += c * x[b];
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 3
-    for (int b = 0; b < B; ++b) store(out + (r * B + b) * kLanes, sum[r][b]);
-}
-
-/// The same for all of `count` rows.
+/// out [r, :] = Σ_d rows[r, d] columns[d, :] for `count` rows, P apart.
 template <int B>
 E2E_INLINE void row_products(const float* rows, int64_t count, int64_t P, const float* columns, int64_t D, float* out) {
   int64_t r = 0;
-  for (; r + kRows <= count; r += kRows) row_tile<kRows, B>(rows + r * P, P, columns, D, out + r * B * kLanes);
-  for (; r < count; ++r) row_tile<1, B>(rows + r * P, P, columns, D, out + r * B * kLanes);
+  for (; r + kRows <= count; r += kRows)
+    row_tile<kRows, B>(rows + r * P, P, 1, columns, D, nullptr, out + r * kBlock);
+  for (; r < count; ++r) row_tile<1, B>(rows + r * P, P, 1, columns, D, nullptr, out + r * kBlock);
 }
 
 /// sums[d, :] += Σ_r rows[r, d] columns[r, :] for d in [0, padded(D)), a multiple of kRows; `count` rows, P apart.
@@ -141,11 +69,11 @@ E2E_INLINE void column_products(const float* rows, int64_t count, int64_t P, con
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 3
-      for (int b = 0; b < B; ++b) sum[i][b] = load(sums + ((d + i) * B + b) * kLanes);
+      for (int b = 0; b < B; ++b) sum[i][b] = load(sums + (d + i) * kBlock + b * kLanes);
     for (int64_t r = 0; r < count; ++r) {
       Lanes x[B];
 #pragma GCC unroll 3
-      for (int b = 0; b < B; ++b) x[b] = load(columns + (r * B + b) * kLanes);
+      for (int b = 0; b < B; ++b) x[b] = load(columns + r * kBlock + b * kLanes);
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
         const Lanes c = fill(rows[r * P + d + i]);
@@ -156,13 +84,13 @@ E2E_INLINE void column_products(const float* rows, int64_t count, int64_t P, con
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 3
-      for (int b = 0; b < B; ++b) store(sums + ((d + i) * B + b) * kLanes, sum[i][b]);
+      for (int b = 0; b < B; ++b) store(sums + (d + i) * kBlock + b * kLanes, sum[i][b]);
   }
 }
 
-/// sums[r, d] += Σ_n weights[r, n] rows[n, d] for R rows of weights, `tokens` apart, and C registers of channels.
+/// sums[r, d] += Σ_n weights[r, n] rows[n, d] for R rows of weights, kBlock apart, and C registers of channels.
 template <int R, int C>
-E2E_INLINE void outer_tile(const float* weights, int64_t tokens, const float* rows, int64_t count, int64_t P, float* sums) {
+E2E_INLINE void outer_tile(const float* weights, const float* rows, int64_t count, int64_t P, float* sums) {
   Lanes sum[R][C];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -174,7 +102,7 @@ E2E_INLINE void outer_tile(const float* weights, int64_t tokens, const float* ro
     for (int c = 0; c < C; ++c) x[c] = load(rows + n * P + c * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const Lanes w = fill(weights[r * tokens + n]);
+      const Lanes w = fill(weights[r * kBlock + n]);
 #pragma GCC unroll 3
       for (int c = 0; c < C; ++c) sum[r][c] += w * x[c];
     }
@@ -186,162 +114,271 @@ E2E_INLINE void outer_tile(const float* weights, int64_t tokens, const float* ro
 }
 
 /// The same for `keys` rows of weights and all of P channels.
-E2E_INLINE void outer_products(const float* weights, int64_t keys, int64_t tokens, const float* rows, int64_t count,
-                               int64_t P, float* sums) {
+E2E_INLINE void outer_products(const float* weights, int64_t keys, const float* rows, int64_t count, int64_t P, float* sums) {
   const auto channels = [&]<int C>(int64_t d) {
     int64_t r = 0;
     for (; r + kRows <= keys; r += kRows)
-      outer_tile<kRows, C>(weights + r * tokens, tokens, rows + d, count, P, sums + r * P + d);
-    for (; r < keys; ++r) outer_tile<1, C>(weights + r * tokens, tokens, rows + d, count, P, sums + r * P + d);
+      outer_tile<kRows, C>(weights + r * kBlock, rows + d, count, P, sums + r * P + d);
+    for (; r < keys; ++r) outer_tile<1, C>(weights + r * kBlock, rows + d, count, P, sums + r * P + d);
   };
   int64_t d = 0;
   for (; d + 2 * kLanes <= P; d += 2 * kLanes) channels.template operator()<2>(d);
   if (d < P) channels.template operator()<1>(d);
 }
 
-// --- Forward --------------------------------------------------------------------------------------------------------
+// --- Scores ---------------------------------------------------------------------------------------------------------
 
-/// Scores [key][query] of keys [key, key + n) that a query of [first, …) may not see become kLowest.
-template <int B>
-E2E_INLINE void hide(float* s, int64_t n, int64_t key, int64_t first) {
-  for (int64_t r = key < first ? first - key : 0; r < n; ++r)
-    for (int64_t i = 0; i < key + r - first && i < B * kLanes; ++i) s[r * B * kLanes + i] = kLowest;
+/// Keys [key, key + count) against the registers [c, c + B) of a block of queries.
+struct Chunk {
+  int64_t key, count, c, B;
+  bool partly;  // some of these queries may not see some of these keys
+};
+
+/// The chunks that queries [first, first + count) see part of, ascending.
+template <class F>
+E2E_INLINE void each_chunk(const Attention& job, int64_t first, int64_t count, F&& f) {
+  const int64_t registers = (count + kLanes - 1) / kLanes, end = first + count;
+  const int64_t oldest = first - job.window + 1;  // that the first query sees
+  for (int64_t key = oldest > 0 ? oldest / kRows * kRows : 0, n; key < end; key += n) {
+    const bool before = key < first;
+    const int64_t limit = before ? kKeys : kLanes, left = (before ? first : end) - key;
+    const int64_t c = before ? 0 : (key - first) / kLanes;
+    n = left < limit ? left : limit;
+    f(Chunk{key, n, c, registers - c, !before || key < end - job.window});
+  }
 }
 
-/// Queries [first, first + count) of one head, count ≤ B · kLanes, against packed keys and values.
+/// `weight` where the queries first, first + 1, … of a register may see the key, else `rest`.
+E2E_INLINE Lanes where_seen(Lanes weight, Lanes rest, int64_t key, int64_t first, int64_t window) {
+  IntLanes query;
+  for (int i = 0; i < kLanes; ++i) query[i] = i;
+  const int64_t own = key - first, beyond = own + window < kBlock ? own + window : kBlock;
+  const int32_t begin = static_cast<int32_t>(own), end = static_cast<int32_t>(beyond);
+  return (query >= begin) & (query < end) ? weight : rest;
+}
+
+/// s = cap · tanh(s): scores with a soft cap.
 template <int B>
-static void attend_block(const Attention& job, int64_t b, int64_t h, int64_t first, int64_t count, const float* keys,
-                         const float* values, float* scratch) {
-  const int64_t P = padded(job.D), end = first + count;
-  float *const q = scratch, *const sums = q + B * kLanes * P, *const s = sums + B * kLanes * P;
-  transpose_in<B>(job.q.row(b, h, first), job.q.token, count, job.D, job.scale, q);
-  __builtin_memset(sums, 0, static_cast<size_t>(B * kLanes * P) * sizeof(float));
-  Lanes top[B], total[B];
-  for (int i = 0; i < B; ++i) top[i] = fill(kLowest), total[i] = Lanes{};
-  for (int64_t key = 0; key < end; key += kKeys) {
-    const int64_t n = end - key < kKeys ? end - key : kKeys;
-    const bool all_seen = key + n - 1 <= first;
-    row_products<B>(keys + key * P, n, P, q, job.D, s);
-    if (!all_seen) hide<B>(s, n, key, first);
-    Lanes highest[B];
-    for (int i = 0; i < B; ++i) highest[i] = top[i];
-    for (int64_t r = 0; r < n; ++r)
+static void cap_scores(float* s, int64_t n, float cap) {
+  for (int64_t r = 0; r < n; ++r)
+    for (int b = 0; b < B; ++b) store(s + r * kBlock + b * kLanes, cap * tanh(load(s + r * kBlock + b * kLanes)));
+}
+
+/// What q is multiplied by, so that products with keys are scores in units of ln 2, or what tanh is taken of.
+static float query_scale(const Attention& job) { return job.softcap > 0 ? job.scale / job.softcap : job.scale * kLog2E; }
+
+// --- Forward --------------------------------------------------------------------------------------------------------
+
+/// Packed rows of a key head.
+struct KeyHead {
+  float *keys, *values;  // [T][P]
+  float* norms;          // [T]: the greatest |k|² so far
+};
+
+/// A block of queries on its way through the keys.
+struct Softmax {
+  float *q, *sums, *s;          // [d][query], [d][query], [key][query]
+  Lanes top[3], total[3];
+};
+
+/// Makes room for a chunk's scores: top becomes their maximum, sums and totals are brought to it.
+template <int B>
+static void raise_top(const Chunk& chunk, int64_t P, const float* s, Lanes* top, Lanes* total, float* sums) {
+  Lanes highest[B], shrink[B];
+  for (int b = 0; b < B; ++b) highest[b] = top[b];
+  for (int64_t r = 0; r < chunk.count; ++r)
 #pragma GCC unroll 3
-      for (int i = 0; i < B; ++i) highest[i] = greater(highest[i], load(s + (r * B + i) * kLanes));
-    Lanes shrink[B];
-    for (int i = 0; i < B; ++i) {
-      shrink[i] = exp(top[i] - highest[i]);
-      total[i] *= shrink[i];
-      top[i] = highest[i];
-    }
-    if (key > 0)
-      for (int64_t d = 0; d < P; ++d)
-        for (int i = 0; i < B; ++i) store(sums + (d * B + i) * kLanes, load(sums + (d * B + i) * kLanes) * shrink[i]);
-    for (int64_t r = 0; r < n; ++r)
-#pragma GCC unroll 3
-      for (int i = 0; i < B; ++i) {
-        float* const at = s + (r * B + i) * kLanes;
-        const Lanes p = exp(load(at) - top[i]);
-        total[i] += p;
-        store(at, p);
-      }
-    column_products<B>(values + key * P, n, P, s, sums);
+    for (int b = 0; b < B; ++b) highest[b] = greater(highest[b], load(s + r * kBlock + b * kLanes));
+  for (int b = 0; b < B; ++b) {
+    shrink[b] = exp2(top[b] - highest[b]);
+    total[b] *= shrink[b];
+    top[b] = highest[b];
   }
-  Lanes inverse[B];
-  for (int i = 0; i < B; ++i) inverse[i] = 1.f / total[i];
-  transpose_out<B>(sums, inverse, count, job.D, job.out.row(b, h, first), job.out.token);
-  float* const lse = job.lse + (b * job.H + h) * job.T + first;
-  for (int64_t n = 0; n < count; ++n)
-    lse[n] = top[n / kLanes][n % kLanes] + __builtin_logf(total[n / kLanes][n % kLanes]);
+  for (int64_t d = 0; d < P; ++d)
+    for (int b = 0; b < B; ++b) store(sums + d * kBlock + b * kLanes, load(sums + d * kBlock + b * kLanes) * shrink[b]);
+}
+
+/// Scores become p, which is added to the totals. Of `bounded` scores top is 0.
+template <int B, bool bounded>
+static void weigh(const Chunk& chunk, int64_t first, int64_t window, float* s, const Lanes* top, Lanes* total) {
+  Lanes sum[B];
+  for (int b = 0; b < B; ++b) sum[b] = total[b];
+  for (int64_t r = 0; r < chunk.count; ++r)
+#pragma GCC unroll 3
+    for (int b = 0; b < B; ++b) {
+      float* const at = s + r * kBlock + b * kLanes;
+      Lanes p = bounded ? exp2_near(load(at)) : exp2(load(at) - top[b]);
+      if (bounded && chunk.partly) p = where_seen(p, Lanes{}, chunk.key + r, first + b * kLanes, window);
+      sum[b] += p;
+      store(at, p);
+    }
+  for (int b = 0; b < B; ++b) total[b] = sum[b];
+}
+
+/// Takes in the chunk's part of the registers [c, c + B) of the block that begins at query `first`.
+template <int B>
+static void absorb(const Attention& job, const Chunk& chunk, int64_t first, bool bounded, const KeyHead& head,
+                   Softmax& block) {
+  const int64_t P = padded(job.D), at = chunk.c * kLanes;
+  float *const s = block.s + at, *const sums = block.sums + at;
+  Lanes *const top = block.top + chunk.c, *const total = block.total + chunk.c;
+  row_products<B>(head.keys + chunk.key * P, chunk.count, P, block.q + at, job.D, s);
+  if (job.softcap > 0) cap_scores<B>(s, chunk.count, job.softcap * kLog2E);
+  if (bounded) {
+    weigh<B, true>(chunk, first + at, job.window, s, top, total);
+  } else {
+    if (chunk.partly)
+      for (int64_t r = 0; r < chunk.count; ++r)
+        for (int b = 0; b < B; ++b) {
+          float* const to = s + r * kBlock + b * kLanes;
+          store(to, where_seen(load(to), fill(kLowest), chunk.key + r, first + at + b * kLanes, job.window));
+        }
+    raise_top<B>(chunk, P, s, top, total, sums);
+    weigh<B, false>(chunk, first + at, job.window, s, top, total);
+  }
+  column_products<B>(head.values + chunk.key * P, chunk.count, P, s, sums);
+}
+
+/// Whether no score of these queries can be beyond ±kBounded; q [D][kBlock] is scaled. NaN is beyond.
+static bool is_bounded(const Attention& job, const float* q, float key_norm) {
+  if (job.softcap > 0) return job.softcap * kLog2E <= kBounded;
+  Lanes norm[3]{};
+  for (int64_t d = 0; d < job.D; ++d)
+    for (int b = 0; b < 3; ++b) norm[b] += load(q + d * kBlock + b * kLanes) * load(q + d * kBlock + b * kLanes);
+  bool all = true;
+  for (int b = 0; b < 3; ++b)
+    for (int i = 0; i < kLanes; ++i) all &= norm[b][i] * key_norm <= kBounded * kBounded;
+  return all;
+}
+
+/// Queries [first, first + count) of one head, count ≤ kBlock.
+static void attend_block(const Attention& job, int64_t b, int64_t h, int64_t first, int64_t count, const KeyHead& head,
+                         float* scratch) {
+  const int64_t P = padded(job.D);
+  Softmax block{scratch, scratch + kBlock * P, scratch + 2 * kBlock * P, {}, {}};
+  transpose_in(job.q.row(b, h, first), job.q.token, count, job.D, query_scale(job), block.q);
+  __builtin_memset(block.sums, 0, static_cast<size_t>(kBlock * P) * sizeof(float));
+  const bool bounded = is_bounded(job, block.q, head.norms[first + count - 1]);
+  if (!bounded)
+    for (Lanes& top : block.top) top = fill(kLowest);
+  each_chunk(job, first, count, [&](const Chunk& chunk) {
+    with_registers(chunk.B, [&]<int B>() { absorb<B>(job, chunk, first, bounded, head, block); });
+  });
+  Lanes inverse[3];
+  for (int i = 0; i < 3; ++i) inverse[i] = 1.f / block.total[i];
+  transpose_out(block.sums, inverse, count, job.D, job.out.row(b, h, first), job.out.token);
+  const int64_t at = (b * job.H + h) * job.T + first;
+  for (int64_t n = 0; n < count; ++n) {
+    job.top[at + n] = block.top[n / kLanes][n % kLanes];
+    job.inverse[at + n] = inverse[n / kLanes][n % kLanes];
+  }
 }
 
 /// Queries [first, end) of all heads that read key head k of batch row b.
 static void attend(const Attention& job, int64_t b, int64_t k, int64_t first, int64_t end, float* scratch) {
-  const int64_t P = padded(job.D), group = job.H / job.K;
-  float *const keys = scratch, *const values = keys + job.T * P, *const rest = values + job.T * P;
-  pack(job.k.row(b, k, 0), job.k.token, end, job.D, 1, keys);
-  pack(job.v.row(b, k, 0), job.v.token, end, job.D, 1, values);
+  const int64_t size = job.T * padded(job.D), group = job.H / job.K;
+  float* const block = scratch + 2 * size;
+  const KeyHead head{scratch, scratch + size, block + 2 * kBlock * padded(job.D) + kKeys * kBlock};
+  pack(job.k.row(b, k, 0), job.k.token, end, job.D, 1, head.keys);
+  pack(job.v.row(b, k, 0), job.v.token, end, job.D, 1, head.values);
+  float greatest = 0;
+  for (int64_t t = 0; t < end; ++t) {
+    const float norm = dot(job.k.row(b, k, t), job.k.row(b, k, t), job.D);
+    greatest = norm <= greatest ? greatest : norm;  // NaN stays
+    head.norms[t] = greatest;
+  }
   for (int64_t h = k * group; h < (k + 1) * group; ++h)
-    for (int64_t t = first; t < end; t += 3 * kLanes) {
-      const int64_t count = end - t;
-      if (count <= kLanes) attend_block<1>(job, b, h, t, count, keys, values, rest);
-      else if (count <= 2 * kLanes) attend_block<2>(job, b, h, t, count, keys, values, rest);
-      else attend_block<3>(job, b, h, t, count < 3 * kLanes ? count : 3 * kLanes, keys, values, rest);
-    }
+    for (int64_t t = first; t < end; t += kBlock)
+      attend_block(job, b, h, t, end - t < kBlock ? end - t : kBlock, head, block);
 }
 
 // --- Gradient -------------------------------------------------------------------------------------------------------
 
 /// One thread's memory while it works on a key head: rows of P floats.
-struct KeyHead {
+struct KeyHeadGradient {
   float *keys, *values, *dkeys, *dvalues;  // [T][P]
   float* block;                            // of a block of queries
 };
 
-/// The part of queries [first, first + count) of one head: their dq, and their terms of dk and dv.
+/// A block of queries with what its gradient starts from.
+struct QueryGradient {
+  float *q, *g, *dq;        // [d][query]
+  float *q_rows, *g_rows;   // [query][P]
+  float *p, *ds;            // [key][query]
+  Lanes top[3], inverse[3], mean[3];  // mean: g · out
+};
+
+/// The chunk's part of dq, dk and dv of the registers [c, c + B) of the block of queries [first, first + count).
 template <int B>
+static void differentiate(const Attention& of, const Chunk& chunk, int64_t first, int64_t count,
+                          const KeyHeadGradient& head, QueryGradient& block) {
+  const int64_t P = padded(of.D), at = chunk.c * kLanes, n = chunk.count, rest = count - at;
+  const float *const keys = head.keys + chunk.key * P, *const values = head.values + chunk.key * P;
+  const float *const q_rows = block.q_rows + at * P, *const g_rows = block.g_rows + at * P;
+  float *const p = block.p + at, *const ds = block.ds + at;
+  const Lanes *const top = block.top + chunk.c, *const inverse = block.inverse + chunk.c, *const mean = block.mean + chunk.c;
+  const float cap = of.softcap * kLog2E;
+  row_products<B>(keys, n, P, block.q + at, of.D, p);
+  row_products<B>(values, n, P, block.g + at, of.D, ds);
+  for (int64_t r = 0; r < n; ++r)
+#pragma GCC unroll 3
+    for (int b = 0; b < B; ++b) {
+      const int64_t i = r * kBlock + b * kLanes;
+      Lanes score = load(p + i), slope = load(ds + i) - mean[b];
+      if (cap > 0) {
+        const Tanh bent = tanh_and_slope(score);
+        score = cap * bent.value;
+        slope *= bent.slope;
+      }
+      Lanes weight = exp2(score - top[b]) * inverse[b];
+      if (chunk.partly) weight = where_seen(weight, Lanes{}, chunk.key + r, first + at + b * kLanes, of.window);
+      store(p + i, weight);
+      store(ds + i, weight * slope);
+    }
+  column_products<B>(keys, n, P, ds, block.dq + at);
+  outer_products(ds, n, q_rows, rest, P, head.dkeys + chunk.key * P);
+  outer_products(p, n, g_rows, rest, P, head.dvalues + chunk.key * P);
+}
+
+/// The part of queries [first, first + count) of one head: their dq, and their terms of dk and dv.
 static void gradient_block(const AttentionGradient& job, int64_t b, int64_t h, int64_t first, int64_t count,
-                           const KeyHead& head) {
+                           const KeyHeadGradient& head) {
   const Attention& of = job.of;
-  constexpr int64_t tokens = B * kLanes;
-  const int64_t P = padded(of.D), end = first + count;
+  const int64_t P = padded(of.D);
   float* next = head.block;
   const auto take = [&](int64_t floats) { return std::exchange(next, next + floats); };
-  float *const q = take(tokens * P), *const g = take(tokens * P), *const dq = take(tokens * P);  // [d][query]
-  float *const q_rows = take(tokens * P), *const g_rows = take(tokens * P);                      // [query][P]
-  float *const p = take(kKeys * tokens), *const ds = take(kKeys * tokens);                       // [key][query]
-  float *const lse_of = take(tokens), *const mean_of = take(tokens);
+  QueryGradient block{take(kBlock * P), take(kBlock * P), take(kBlock * P), take(kBlock * P), take(kBlock * P),
+                      take(kKeys * kBlock), take(kKeys * kBlock), {}, {}, {}};
   const float *const queries = of.q.row(b, h, first), *const gradients = job.dout.row(b, h, first);
-  transpose_in<B>(queries, of.q.token, count, of.D, of.scale, q);
-  transpose_in<B>(gradients, job.dout.token, count, of.D, 1, g);
-  pack(queries, of.q.token, count, of.D, of.scale, q_rows);
-  pack(gradients, job.dout.token, count, of.D, 1, g_rows);
-  __builtin_memset(dq, 0, static_cast<size_t>(tokens * P) * sizeof(float));
-  for (int64_t n = 0; n < tokens; ++n) {
-    lse_of[n] = n < count ? of.lse[(b * of.H + h) * of.T + first + n] : 0;
-    mean_of[n] = n < count ? dot(gradients + n * job.dout.token, of.out.row(b, h, first + n), of.D) : 0;
+  transpose_in(queries, of.q.token, count, of.D, query_scale(of), block.q);
+  transpose_in(gradients, job.dout.token, count, of.D, 1, block.g);
+  pack(queries, of.q.token, count, of.D, of.scale, block.q_rows);
+  pack(gradients, job.dout.token, count, of.D, 1, block.g_rows);
+  __builtin_memset(block.dq, 0, static_cast<size_t>(kBlock * P) * sizeof(float));
+  for (int64_t n = 0; n < count; ++n) {
+    const int64_t row = (b * of.H + h) * of.T + first + n;
+    block.top[n / kLanes][n % kLanes] = of.top[row];
+    block.inverse[n / kLanes][n % kLanes] = of.inverse[row];
+    block.mean[n / kLanes][n % kLanes] = dot(gradients + n * job.dout.token, of.out.row(b, h, first + n), of.D);
   }
-  Lanes lse[B], mean[B];
-  for (int i = 0; i < B; ++i) lse[i] = load(lse_of + i * kLanes), mean[i] = load(mean_of + i * kLanes);
-  for (int64_t key = 0; key < end; key += kKeys) {
-    const int64_t n = end - key < kKeys ? end - key : kKeys;
-    const bool all_seen = key + n - 1 <= first;
-    const float *const keys = head.keys + key * P, *const values = head.values + key * P;
-    row_products<B>(keys, n, P, q, of.D, p);
-    if (!all_seen) hide<B>(p, n, key, first);
-    row_products<B>(values, n, P, g, of.D, ds);
-    for (int64_t r = 0; r < n; ++r)
-#pragma GCC unroll 3
-      for (int i = 0; i < B; ++i) {
-        const int64_t at = (r * B + i) * kLanes;
-        const Lanes weight = exp(load(p + at) - lse[i]);
-        store(p + at, weight);
-        store(ds + at, weight * (load(ds + at) - mean[i]));
-      }
-    column_products<B>(keys, n, P, ds, dq);
-    outer_products(ds, n, tokens, q_rows, count, P, head.dkeys + key * P);
-    outer_products(p, n, tokens, g_rows, count, P, head.dvalues + key * P);
-  }
-  Lanes scale[B];
-  for (int i = 0; i < B; ++i) scale[i] = fill(of.scale);
-  transpose_out<B>(dq, scale, count, of.D, job.dq.row(b, h, first), job.dq.token);
+  each_chunk(of, first, count, [&](const Chunk& chunk) {
+    with_registers(chunk.B, [&]<int B>() { differentiate<B>(of, chunk, first, count, head, block); });
+  });
+  const Lanes scale[3] = {fill(of.scale), fill(of.scale), fill(of.scale)};
+  transpose_out(block.dq, scale, count, of.D, job.dq.row(b, h, first), job.dq.token);
 }
 
 /// The gradient of key head k of batch row b and of all heads that read it.
 static void gradient(const AttentionGradient& job, int64_t b, int64_t k, float* scratch) {
   const Attention& of = job.of;
   const int64_t P = padded(of.D), size = of.T * P, group = of.H / of.K;
-  const KeyHead head{scratch, scratch + size, scratch + 2 * size, scratch + 3 * size, scratch + 4 * size};
+  const KeyHeadGradient head{scratch, scratch + size, scratch + 2 * size, scratch + 3 * size, scratch + 4 * size};
   pack(of.k.row(b, k, 0), of.k.token, of.T, of.D, 1, head.keys);
   pack(of.v.row(b, k, 0), of.v.token, of.T, of.D, 1, head.values);
   __builtin_memset(head.dkeys, 0, static_cast<size_t>(2 * size) * sizeof(float));
   for (int64_t h = k * group; h < (k + 1) * group; ++h)
-    for (int64_t t = 0; t < of.T; t += 3 * kLanes) {
-      const int64_t count = of.T - t;
-      if (count <= kLanes) gradient_block<1>(job, b, h, t, count, head);
-      else if (count <= 2 * kLanes) gradient_block<2>(job, b, h, t, count, head);
-      else gradient_block<3>(job, b, h, t, count < 3 * kLanes ? count : 3 * kLanes, head);
-    }
+    for (int64_t t = 0; t < of.T; t += kBlock)
+      gradient_block(job, b, h, t, of.T - t < kBlock ? of.T - t : kBlock, head);
   unpack(head.dkeys, of.T, of.D, job.dk.row(b, k, 0), job.dk.token);
   unpack(head.dvalues, of.T, of.D, job.dv.row(b, k, 0), job.dv.token);
 }

@@ -8,6 +8,7 @@
 
 #include "assignment.hpp"
 #include "attention.hpp"
+#include "branch.hpp"
 #include "filter.hpp"
 #include "gelu.hpp"
 #include "linear_kl.hpp"
@@ -125,14 +126,17 @@ static bool is_heads(const py::array_t<float>& a, int64_t B, int64_t H, int64_t 
 }
 
 static Attention attention_job(const py::array_t<float>& q, const py::array_t<float>& k, const py::array_t<float>& v,
-                               float scale, py::array_t<float>& out, Array<float>& lse) {
+                               float scale, int64_t window, float softcap, py::array_t<float>& out,
+                               Array<float>& softmax) {
   expect(q.ndim() == 4 && k.ndim() == 4, "q and k must have four axes");
   const int64_t B = q.shape(0), H = q.shape(1), K = k.shape(1), T = q.shape(2), D = q.shape(3);
   expect(K > 0 && H % K == 0, "q must have a multiple of k's heads");
   expect(is_heads(q, B, H, T, D) && is_heads(k, B, K, T, D) && is_heads(v, B, K, T, D) && is_heads(out, B, H, T, D),
          "q and out must be (B, H, T, D), k and v (B, K, T, D), rows contiguous");
-  expect(lse.size() == B * H * T, "lse must be (B, H, T)");
-  return {in_heads(q), in_heads(k), in_heads(v), B, H, K, T, D, scale, out_heads(out), lse.mutable_data()};
+  expect(softmax.size() == 2 * B * H * T, "softmax must be (2, B, H, T)");
+  expect(window >= 1 && softcap >= 0, "window must be at least 1, softcap at least 0");
+  float* const top = softmax.mutable_data();
+  return {in_heads(q), in_heads(k), in_heads(v), B, H, K, T, D, scale, window, softcap, out_heads(out), top, top + B * H * T};
 }
 
 static void bind_attention(py::module_& m) {
@@ -148,21 +152,21 @@ static void bind_attention(py::module_& m) {
       py::arg("B"), py::arg("H"), py::arg("K"), py::arg("T"), py::arg("D"), py::arg("gradient"), py::arg("threads"));
   m.def(
       "attention",
-      [](const Strided& q, const Strided& k, const Strided& v, float scale, Strided out, Array<float> lse,
-         Array<float> scratch, int threads) {
-        const Attention job = attention_job(q, k, v, scale, out, lse);
+      [](const Strided& q, const Strided& k, const Strided& v, float scale, int64_t window, float softcap, Strided out,
+         Array<float> softmax, Array<float> scratch, int threads) {
+        const Attention job = attention_job(q, k, v, scale, window, softcap, out, softmax);
         expect(scratch.size() >= attention_scratch(job, false, threads), "scratch must have attention_scratch() elements");
         float* const memory = scratch.mutable_data();
         const py::gil_scoped_release release;
         attention(job, memory, threads);
       },
       py::arg("q").noconvert(), py::arg("k").noconvert(), py::arg("v").noconvert(), py::arg("scale"),
-      py::arg("out").noconvert(), py::arg("lse").noconvert(), py::arg("scratch").noconvert(), py::arg("threads"));
+      py::arg("window"), py::arg("softcap"), py::arg("out").noconvert(), py::arg("softmax").noconvert(), py::arg("scratch").noconvert(), py::arg("threads"));
   m.def(
       "attention_gradient",
-      [](const Strided& q, const Strided& k, const Strided& v, float scale, Strided out, Array<float> lse,
-         const Strided& dout, Strided dq, Strided dk, Strided dv, Array<float> scratch, int threads) {
-        const Attention of = attention_job(q, k, v, scale, out, lse);
+      [](const Strided& q, const Strided& k, const Strided& v, float scale, int64_t window, float softcap, Strided out,
+         Array<float> softmax, const Strided& dout, Strided dq, Strided dk, Strided dv, Array<float> scratch, int threads) {
+        const Attention of = attention_job(q, k, v, scale, window, softcap, out, softmax);
         expect(is_heads(dout, of.B, of.H, of.T, of.D) && is_heads(dq, of.B, of.H, of.T, of.D) &&
                    is_heads(dk, of.B, of.K, of.T, of.D) && is_heads(dv, of.B, of.K, of.T, of.D),
                "dout and dq must be (B, H, T, D), dk and dv (B, K, T, D), rows contiguous");
@@ -173,8 +177,56 @@ static void bind_attention(py::module_& m) {
         attention_gradient(job, memory, threads);
       },
       py::arg("q").noconvert(), py::arg("k").noconvert(), py::arg("v").noconvert(), py::arg("scale"),
-      py::arg("out").noconvert(), py::arg("lse").noconvert(), py::arg("dout").noconvert(), py::arg("dq").noconvert(),
+      py::arg("window"), py::arg("softcap"), py::arg("out").noconvert(), py::arg("softmax").noconvert(), py::arg("dout").noconvert(), py::arg("dq").noconvert(),
       py::arg("dk").noconvert(), py::arg("dv").noconvert(), py::arg("scratch").noconvert(), py::arg("threads"));
+}
+
+/// A layer from its weight (outputs, inputs), in any layout, and bias.
+static Linear linear_layer(const py::array_t<float>& weight, const MaybeArray<float>& bias, int64_t inputs) {
+  expect(weight.ndim() == 2 && weight.shape(1) == inputs, "a weight must be (outputs, inputs of the layer)");
+  expect(!bias || bias->size() == weight.shape(0), "a bias must have its layer's outputs");
+  const auto stride = [&](int axis) { return weight.strides(axis) / static_cast<int64_t>(sizeof(float)); };
+  return {weight.data(), weight.shape(0), inputs, stride(0), stride(1), bias ? bias->data() : nullptr};
+}
+
+static void bind_branch(py::module_& m) {
+  using Strided = py::array_t<float>;
+  m.def(
+      "branch_scratch",
+      [](int64_t inputs, int64_t hidden, int64_t outputs, int threads) {
+        Branch job{};
+        job.first.inputs = inputs, job.first.outputs = hidden;
+        if (outputs) job.second = Linear{nullptr, outputs, hidden, 0, 0, nullptr};
+        return branch_scratch(job, threads);
+      },
+      py::arg("inputs"), py::arg("hidden"), py::arg("outputs"), py::arg("threads"));
+  m.def(
+      "branch",
+      [](Array<float> x, MaybeArray<float> gain, MaybeArray<float> shift, float eps, const Strided& weight,
+         MaybeArray<float> bias, bool tanh, std::optional<Strided> second_weight, MaybeArray<float> second_bias,
+         MaybeArray<float> residual, Array<float> y, Array<float> scratch, int threads) {
+        expect(x.ndim() == 2, "x must be (N, D)");
+        const int64_t N = x.shape(0), D = x.shape(1);
+        Branch job{.x = x.data(), .N = N, .norm = {}, .first = linear_layer(weight, bias, D),
+                   .gelu = tanh ? Gelu::tanh : Gelu::erf, .second = {}, .residual = nullptr, .y = nullptr};
+        if (gain) {
+          expect(gain->size() == D && shift && shift->size() == D, "gain and shift must be (D)");
+          job.norm = Norm{gain->data(), shift->data(), eps};
+        }
+        if (second_weight) job.second = linear_layer(*second_weight, second_bias, job.first.outputs);
+        const int64_t outputs = job.second ? job.second->outputs : job.first.outputs;
+        expect(y.size() == N * outputs && (!residual || residual->size() == N * outputs),
+               "y and residual must be (N, outputs)");
+        job.residual = residual ? residual->data() : nullptr, job.y = out(y);
+        expect(scratch.size() >= branch_scratch(job, threads), "scratch must have branch_scratch() elements");
+        float* const memory = out(scratch);
+        const py::gil_scoped_release release;
+        branch(job, memory, threads);
+      },
+      py::arg("x").noconvert(), py::arg("gain").noconvert(), py::arg("shift").noconvert(), py::arg("eps"),
+      py::arg("weight").noconvert(), py::arg("bias").noconvert(), py::arg("tanh"), py::arg("second_weight").noconvert(),
+      py::arg("second_bias").noconvert(), py::arg("residual").noconvert(), py::arg("y").noconvert(),
+      py::arg("scratch").noconvert(), py::arg("threads"));
 }
 
 static void bind_gelu(py::module_& m) {
@@ -626,6 +678,7 @@ PYBIND11_MODULE(_C, m) {
   bind_threads(m);
   bind_linear_kl(m);
   bind_attention(m);
+  bind_branch(m);
   bind_gelu(m);
   bind_sparse(m);
   bind_assignment(m);

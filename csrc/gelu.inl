@@ -1,37 +1,5 @@
 #include "elementary.inl"
 
-/// gelu(x) = x · share and gelu'(x) = share + change, change = x · share'.
-struct Share {
-  Lanes share, change;
-};
-
-/// share = Φ(x). With a = |x| the upper tail is 1 - Φ(a) = e^(-a²/2) t q(t), t = 1 / (1 + 0.3 a), where q is the polynomial
-/// of degree 7 whose greatest relative error over a ≤ 10 is least (5e-8; our fit). share' = e^(-x²/2) / √(2π).
-E2E_INLINE Share share_erf(Lanes x) {
-  const Lanes a = absolute(x), t = 1.f / (1.f + 0.3f * a), density = exp(-0.5f * a * a);
-  Lanes q = fill(0.037547987f);
-  q = q * t - 0.16507731f;
-  q = q * t + 0.22008486f;
-  q = q * t - 0.066524126f;
-  q = q * t + 0.13549629f;
-  q = q * t + 0.097756095f;
-  q = q * t + 0.12111121f;
-  q = q * t + 0.11960504f;
-  const Lanes tail = density * t * q;
-  return {x < 0.f ? tail : 1.f - tail, density * x * 0.39894228f};
-}
-
-/// ½ (1 + tanh u) = 1 / (1 + e), e = e^(-2u), which keeps its digits where x < 0; share' = share² e · 2u'. Beyond
-/// ±9.9, where share is 1e-37 or 1, all stays as it is there.
-E2E_INLINE Share share_tanh(Lanes x) {
-  constexpr float kTwice = 1.5957691f, kCubic = 0.044715f;  // 2 √(2/π)
-  Lanes z = greater(x, fill(-9.9f));
-  z = z > 9.9f ? fill(9.9f) : z;
-  const Lanes square = z * z, e = exp(z * (-kTwice - kTwice * kCubic * square));
-  const Lanes share = 1.f / (1.f + e);
-  return {share, share * e * share * z * (kTwice + 3 * kTwice * kCubic * square)};
-}
-
 /// The kind is a constant, so that the loops below hold no choice.
 template <Gelu kind>
 E2E_INLINE Share share(Lanes x) {

@@ -1,8 +1,11 @@
 """A frozen model's blocks on a CPU in float32, with this library's operators in torch's place.
 
-    attention      kernels.attention, where Hugging Face's model would call SDPA without a mask
+    attention      kernels.attention, in place of SDPA, Gemma 2's and GPT-Neo's own, under causal masks and windows
     GELU           kernels.gelu: transformers composes GPT-2's of seven operations, and torch is slow at it
     linear layers  oneDNN's product, which on AMD processors is faster than MKL's; no gradient of a weight is prepared
+
+    whole blocks   GPT-2's and GPT-Neo's up to WIDEST channels, where no graph is recorded: attention and a few times
+                   kernels.branch (norm, layers, GELU and sum in one pass), instead of a dozen of torch's operators
 
 The numbers are the model's to float32 rounding, so these parts work only in passes that ask for it (`Mode.fast`): else,
 on a GPU, in other dtypes and under autocast each part does what the model's own did; inside torch.compile products and
@@ -21,22 +24,30 @@ True
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from e2e_fast import kernels
+from e2e_fast.kernels import reference
 from e2e_fast.kernels._gemm import frozen_linear
+from e2e_fast.kernels.branch import Layer, Norm
 
 ATTENTION = "e2e_fast"
 """Our entry in transformers' table of attention functions."""
 
 MODE = "e2e_fast_mode"
 """Attribute of an attention module that holds its model's `Mode`."""
+
+USUAL = "e2e_fast_usual"
+"""Attribute of an attention module that holds the function which it calls by default, where that is not SDPA."""
 
 GELUS = {
     "NewGELUActivation": "tanh",
@@ -47,8 +58,17 @@ GELUS = {
 }
 """transformers' modules → the form of GELU that each computes."""
 
-CHANGES = ("position_bias", "cache", "softcap", "head_mask", "s_aux")
+CHANGES = ("position_bias", "cache", "head_mask", "s_aux")
 """Arguments of attention functions that change what is computed."""
+
+EAGER = ("Gemma2Attention",)
+"""Attention whose eager form, which it has by default for its soft cap, is ours too. Elsewhere eager was asked for."""
+
+WIDEST = 256
+"""Blocks with more channels have products that oneDNN does faster than `kernels.branch`."""
+
+_WINDOWS: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
+"""Attention masks that have been read → the window that they stand for, tokens; 0 where they are of another kind."""
 
 
 class Mode:
@@ -74,12 +94,18 @@ def speed_up(blocks: Iterable[nn.Module]) -> Mode:
             for name, child in module.named_children():
                 if (part := _part(child, mode)) is not None:
                     setattr(module, name, part)
-            config = vars(module).get("config")
-            if config is not None and getattr(config, "_attn_implementation", None) == "sdpa":
+            config, kind = vars(module).get("config"), type(module).__name__
+            usual = "eager" if kind in EAGER else "sdpa"
+            if config is not None and getattr(config, "_attn_implementation", None) == usual:
                 if id(config) not in configs:
                     configs[id(config)] = _with_our_attention(config)
                 module.config = configs[id(config)]
                 vars(module)[MODE] = mode
+                if kind in EAGER:
+                    vars(module)[USUAL] = sys.modules[type(module).__module__].eager_attention_forward
+            if kind == "GPTNeoSelfAttention":
+                attention: Any = module
+                attention._attn = partial(_attend_as_gpt_neo, module, mode, attention._attn)
     return mode
 
 
@@ -116,10 +142,15 @@ class Linear(nn.Module):
         super().__init__()
         self.weight, self.bias, self.transposed, self.mode = weight, bias, transposed, mode
 
+    @property
+    def layer(self) -> Layer:
+        """The weight as (F, D), and the bias."""
+        return Layer(self.weight.t() if self.transposed else self.weight, self.bias)
+
     def forward(self, x: Tensor) -> Tensor:
         """x (…, D) → (…, F)."""
         if _applies(self.mode, x) and not self.weight.requires_grad:
-            return frozen_linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
+            return frozen_linear(x, *self.layer)
         if self.transposed and self.bias is not None:  # as Conv1D does
             return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
         return nnf.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
@@ -136,6 +167,87 @@ class GELU(nn.GELU):
         if _applies(self.mode, input):
             return kernels.gelu(input, self.approximate)
         return super().forward(input)
+
+
+# --- Whole blocks ---------------------------------------------------------------------------------------------------
+
+
+class Parts(NamedTuple):
+    """A block ``x + out(attention(qkv(norm(x))))``, then ``x + down(gelu(up(norm(x))))``."""
+
+    attention_norm: Norm
+    qkv: tuple[Layer, ...]
+    """One layer, or one each."""
+    heads: int
+    scale: float
+    window: int | None
+    out: Layer
+    mlp_norm: Norm
+    up: Layer
+    gelu: str
+    down: Layer
+
+
+def whole_block(
+    block: nn.Module, mode: Mode, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
+    """A block's output by a few operators, without a graph; None where it must be run as it is."""
+    if not (mode.fast and x.shape[-1] <= WIDEST and _applies(mode, x)) or (x.requires_grad and torch.is_grad_enabled()):
+        return None
+    if (read := PARTS.get(type(block).__name__)) is None or not _is_causal(x.shape[1], args, kwargs):
+        return None
+    if (parts := read(block)) is None:
+        return None
+    B, T, D = x.shape
+    with torch.no_grad():
+        stream = x.reshape(B * T, D)
+        qkv = [kernels.branch(stream, layer, norm=parts.attention_norm) for layer in parts.qkv]
+        queries, keys, values = qkv if len(qkv) == 3 else qkv[0].split(D, dim=1)
+        q, k, v = (y.view(B, T, parts.heads, -1).transpose(1, 2) for y in (queries, keys, values))
+        attended = kernels.attention(q, k, v, scale=parts.scale, window=parts.window).view(B * T, D)
+        stream = kernels.branch(attended, parts.out, residual=stream)
+        stream = kernels.branch(
+            stream, parts.up, norm=parts.mlp_norm, gelu=parts.gelu, second=parts.down, residual=stream
+        )
+    return stream.view(B, T, D)
+
+
+def _is_causal(tokens: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a block's arguments say no more than that each token attends to those before it."""
+    rest = [*args, *(value for name, value in kwargs.items() if name not in ("attention_mask", "position_ids"))]
+    says_nothing = all(value is None or value is False for value in rest)
+    return says_nothing and _window(kwargs.get("attention_mask"), tokens, None) == tokens
+
+
+def _gpt2(block: Any) -> Parts | None:
+    attention = block.attn
+    if MODE not in vars(attention) or not isinstance(block.mlp.act, GELU):
+        return None
+    return Parts(
+        _norm(block.ln_1), (attention.c_attn.layer,), attention.num_heads, attention.scaling, None,
+        attention.c_proj.layer, _norm(block.ln_2), block.mlp.c_fc.layer, block.mlp.act.approximate,
+        block.mlp.c_proj.layer,
+    )  # fmt: skip
+
+
+def _gpt_neo(block: Any) -> Parts | None:
+    attention = block.attn.attention
+    if not isinstance(block.mlp.act, GELU):
+        return None
+    return Parts(
+        _norm(block.ln_1), (attention.q_proj.layer, attention.k_proj.layer, attention.v_proj.layer),
+        attention.num_heads, 1.0, attention.config.window_size if attention.attention_type == "local" else None,
+        attention.out_proj.layer, _norm(block.ln_2), block.mlp.c_fc.layer, block.mlp.act.approximate,
+        block.mlp.c_proj.layer,
+    )  # fmt: skip
+
+
+def _norm(module: Any) -> Norm:
+    return Norm(module.weight, module.bias, module.eps)
+
+
+PARTS: dict[str, Callable[[Any], Parts | None]] = {"GPT2Block": _gpt2, "GPTNeoBlock": _gpt_neo}
+"""Blocks that are run as a whole."""
 
 
 # --- Attention ------------------------------------------------------------------------------------------------------
@@ -163,16 +275,56 @@ def _attend(
     is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers: ours where it computes what SDPA would, else SDPA's."""
+    """An attention function of transformers: ours where it computes the same, else the model's."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    plain = attention_mask is None and dropout == 0 and causal and all(options.get(name) is None for name in CHANGES)
+    plain = dropout == 0 and causal and all(options.get(name) is None for name in CHANGES)
     mode: Mode | None = vars(module).get(MODE)
-    fits = query.shape[2:] == key.shape[2:] and key.shape == value.shape and _is_float32_on_cpu(query)
-    if mode is not None and mode.fast and plain and fits:
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return kernels.attention(query, key, value, scale=scale), None
+    if mode is not None and mode.fast and plain and _fits(query, key, value):
+        window = _window(attention_mask, query.shape[2], options.get("sliding_window"))
+        if window:
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            softcap = options.get("softcap")
+            return kernels.attention(query, key, value, scale=scale, window=window, softcap=softcap), None
+    options |= {"dropout": dropout, "scaling": scaling}
+    if (eager := vars(module).get(USUAL)) is not None:
+        return eager(module, query, key, value, attention_mask, **options)
     sdpa: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    options |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
-    return sdpa(module, query, key, value, attention_mask, **options)
+    return sdpa(module, query, key, value, attention_mask, is_causal=is_causal, **options)
+
+
+def _attend_as_gpt_neo(
+    module: nn.Module,
+    mode: Mode,
+    usual: Callable[..., Any],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+) -> tuple[Tensor, Any]:
+    """GPT-Neo's ``_attn``: scores are not scaled, every other block has a window. Returns heads before tokens."""
+    dropout: Any = module.attn_dropout
+    if mode.fast and _fits(query, key, value) and not (dropout.training and dropout.p):
+        tokens, config = query.shape[2], vars(module)["config"]
+        if _window(attention_mask, tokens, None) == tokens:
+            window = config.window_size if vars(module)["attention_type"] == "local" else None
+            return kernels.attention(query, key, value, scale=1.0, window=window).transpose(1, 2), None
+    return usual(query, key, value, attention_mask)
+
+
+def _fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    return query.shape[2:] == key.shape[2:] and key.shape == value.shape and _is_float32_on_cpu(query)
+
+
+def _window(mask: Tensor | None, tokens: int, window: int | None) -> int:
+    """How many tokens a mask lets each token see: all before it, or ``window``; 0 where it is another mask."""
+    if mask is None:  # SDPA is causal then, whatever the window
+        return tokens
+    if torch.compiler.is_compiling():
+        return 0
+    if mask not in _WINDOWS:
+        seen = mask if mask.dtype == torch.bool else mask == 0
+        known = (w for w in (tokens, window) if w and (seen == reference.seen_keys(tokens, w, mask.device)).all())
+        _WINDOWS[mask] = next(known, 0) if mask.shape[-2:] == (tokens, tokens) else 0
+    return _WINDOWS[mask]

@@ -34,55 +34,46 @@ LM(gpt2, 2 layers, d_model 16, d_vocab 50, n_ctx 32, processing transformer_lens
 """
 
 import contextlib
-import copy
 import difflib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_leaves
 
-from e2e_fast import embedded, kernels
 from e2e_fast.compiled import CompiledBlocks
-from e2e_fast.cpu_blocks import speed_up
-from e2e_fast.lm_architectures import Tap, centre_unembedding, centre_writers, take_apart
+from e2e_fast.cpu_blocks import speed_up, whole_block
+from e2e_fast.lm_architectures import centre_unembedding, centre_writers, take_apart
+from e2e_fast.lm_blocks import (
+    STAGES,
+    Call,
+    Left,
+    Notes,
+    NoteTaker,
+    Replacement,
+    Visit,
+    blocks_needed,
+    leave,
+    listen,
+    main_output,
+    parse_position,
+    positions_of,
+    same_arguments,
+)
+from e2e_fast.lm_loading import ALIASES, from_pretrained, front_configs, load_tokenizer, source_of
+from e2e_fast.lm_passes import Original, Spliced, share_kl
 from e2e_fast.measure import Timings
-from e2e_fast.precision import as_given, lowered, reduced_dtype
+from e2e_fast.precision import lowered, reduced_dtype
 
-Replacement = Tensor | Callable[[Tensor], Tensor]
-"""What a splice puts in an activation's place: a tensor, or a function of the activation that arrives there."""
+__all__ = ["ALIASES", "LM", "PROCESSINGS", "Original", "Replacement", "Spliced", "Unembedding", "load_lm", "share_kl"]
 
 PROCESSINGS = ("transformer_lens", "none")
 
-ALIASES = {
-    "gpt2-small": "gpt2",
-    "tiny-stories-1M": "roneneldan/TinyStories-1M",
-    "tiny-stories-33M": "roneneldan/TinyStories-33M",
-}
-"""TransformerLens' short names, which configurations use; ``pythia-…`` stands for ``EleutherAI/pythia-…``."""
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "merges.txt")
-"""A folder with none of these holds no tokenizer."""
-
 KNOWN_SHAPES = 4
 """Batch shapes whose block arguments are kept (training and evaluation, each with a last smaller batch)."""
-
-STAGES = (
-    "hook_resid_pre",
-    "hook_attn_out",
-    "hook_resid_mid",
-    "mlp.hook_pre",
-    "mlp.hook_post",
-    "hook_mlp_out",
-    "hook_resid_post",
-)
-"""Named points of a block, in the order in which the block computes them."""
 
 
 def load_lm(
@@ -104,7 +95,8 @@ def load_lm(
     "none" leaves the model as it came. ``device=None`` leaves it where it is; ``tokenizer`` overrides the one found
     beside the model. ``compile`` runs its blocks through torch.compile (`LM.compile`).
 
-    Raises ValueError for an unknown architecture, processing or kind of object.
+    Raises ValueError for an unknown architecture, processing or kind of object, FileNotFoundError where a path (a
+    ``Path``, or a name that can only be one) leads to no saved model.
 
     A path that ends in ``.pt`` is a HookedTransformer that e2e_sae trained (``tlens_model_path``; needs TransformerLens
     3): it is run as it is under either processing, as e2e_sae does.
@@ -120,10 +112,8 @@ def load_lm(
         return lm.compile() if compile and lm.compiled is None else lm
     source = None
     if isinstance(model, str | os.PathLike):
-        source = embedded.path() if str(model) == "embedded" else ALIASES.get(str(model), str(model))
-        if source.startswith("pythia-"):
-            source = f"EleutherAI/{source}"
-        model = _from_pretrained(source, dtype or torch.float32)
+        source = source_of(model)
+        model = from_pretrained(source, dtype or torch.float32)
     elif dtype is not None:
         raise ValueError(f"dtype is for models loaded by name, got {dtype} and a {type(model).__name__}")
     lm = LM(model, processing or "transformer_lens", tokenizer=tokenizer, source=source)
@@ -174,17 +164,18 @@ class LM:
         self._mode = speed_up(blocks)
 
         # The front keeps the embedding and all that the model computes before its blocks; there, blocks take notes.
-        self._notes = _Notes()
-        front.set_submodule(parts.architecture.blocks, nn.ModuleList(_NoteTaker(self._notes, b) for b in blocks))
+        self._notes = Notes()
+        front.set_submodule(parts.architecture.blocks, nn.ModuleList(NoteTaker(self._notes, b) for b in blocks))
         front.set_submodule(parts.architecture.norm, nn.Identity())
         self._front, self._norm, self._blocks = front, norm, list(blocks)
-        self._known_calls: dict[tuple[Any, ...], list[_Call]] = {}
+        self._known_calls: dict[tuple[Any, ...], list[Call]] = {}
         if not self._is_hooked:
-            self._configs = _front_configs(front.config)
+            self._configs = front_configs(front.config)
         self._modules = nn.ModuleList([front, *blocks, norm, self.unembed]).eval()
         self.n_layers = len(self._blocks)
-        self._order = _positions(self.n_layers, self._parallel)
+        self._order = positions_of(self.n_layers, self._parallel)
         self.compiled = None
+        self._embeddings: list[Any] | None = None
         self._widths = self._probe()
 
     # --------------------------------------------------------------------------------------------------- what it is
@@ -228,7 +219,7 @@ class LM:
     def tokenizer(self) -> Any:
         """The Hugging Face tokenizer that lies beside the model, loaded on first use; None where there is none."""
         if self._tokenizer is None and self._source is not None:
-            self._tokenizer, self._source = _load_tokenizer(self._source), None
+            self._tokenizer, self._source = load_tokenizer(self._source), None
         return self._tokenizer
 
     def positions(self) -> list[str]:
@@ -237,7 +228,7 @@ class LM:
 
     def width(self, position: str) -> int:
         """Number of channels at a position: d_model, or d_mlp at ``mlp.hook_pre`` and ``mlp.hook_post``."""
-        return self._widths[_parse(self.check_position(position))[1]]
+        return self._widths[parse_position(self.check_position(position))[1]]
 
     def block_weights(self, layer: int) -> int:
         """Entries of all matrices of a block: half the FLOP that its products need for a token."""
@@ -282,7 +273,7 @@ class LM:
         timings: Timings | None = None,
         *,
         fast: bool = False,
-    ) -> "Original":
+    ) -> Original:
         """The unchanged model on tokens [B, T], once and without a graph.
 
         at: position or positions that a splice will replace; downstream: positions to compare. Both can be read from
@@ -303,14 +294,14 @@ class LM:
             self.check_tokens(tokens)
 
         wanted = set(named)
-        for layer, stage in map(_parse, at):
+        for layer, stage in map(parse_position, at):
             if stage in STAGES[1:-1]:  # a splice inside a block goes on from these
                 wanted |= {f"blocks.{layer}.hook_resid_pre", f"blocks.{layer}.hook_attn_out"}
-        stop = self.n_layers if suffix else max(map(_blocks_needed, wanted), default=0)
+        stop = self.n_layers if suffix else max(map(blocks_needed, wanted), default=0)
 
-        cut = min([stop, *map(_blocks_needed, at)]) if suffix else stop
+        cut = min([stop, *map(blocks_needed, at)]) if suffix else stop
 
-        timings, visit = timings or Timings(enabled=False), _Visit(wanted)
+        timings, visit = timings or Timings(enabled=False), Visit(wanted)
         with timings.phase("prefix"), self._mode.set(fast):
             x, calls = self._embed(tokens.to(self.device, non_blocking=True))
             x = self._advance(visit("blocks.0.hook_resid_pre", x), calls, 0, cut, visit)
@@ -319,7 +310,7 @@ class LM:
             final = self._norm(x) if suffix else None
         return Original(self, tokens, at, named, visit.seen, calls, final, fast)
 
-    def _embed(self, tokens: Tensor) -> tuple[Tensor, list["_Call"]]:
+    def _embed(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
         """The stream before block 0, [B, T, D], and the arguments that each block is called with."""
         self._notes.calls = []
         if self._is_hooked:  # its masks may depend on the tokens (left padding)
@@ -327,6 +318,8 @@ class LM:
         # Tensors made in inference mode cannot serve a graph later on.
         batch = (*tokens.shape, torch.is_inference_mode_enabled())
         calls = self._known_calls.get(batch)
+        if calls is not None and self._embeddings is not None:
+            return self._sum_of_embeddings(tokens), calls
         self._front.config = self._configs.masks if calls is None else self._configs.no_masks
         plain = {"use_cache": False, "output_attentions": False, "output_hidden_states": False}
         x = self._front(tokens, return_dict=True, **plain).last_hidden_state
@@ -336,7 +329,14 @@ class LM:
             calls = self._known_calls[batch] = self._notes.calls
         return x, calls
 
-    def _advance(self, x: Tensor, calls: list["_Call"], start: int, stop: int, visit: "_Visit") -> Tensor:
+    def _sum_of_embeddings(self, tokens: Tensor) -> Tensor:
+        """What the front computes, where `_probe` found that it does no more: a tenth of its Python."""
+        assert self._embeddings is not None
+        words, *positions = self._embeddings
+        x = words(tokens)
+        return x + positions[0].weight[: tokens.shape[1]] if positions else x
+
+    def _advance(self, x: Tensor, calls: list[Call], start: int, stop: int, visit: Visit) -> Tensor:
         """From the stream before block ``start`` to the stream before block ``stop``."""
         for layer in range(start, stop):
             if layer in visit.inside:
@@ -347,30 +347,32 @@ class LM:
             x = self._between(layer, x, visit)
         return x
 
-    def _whole_block(self, layer: int, x: Tensor, call: "_Call") -> Tensor:
+    def _whole_block(self, layer: int, x: Tensor, call: Call) -> Tensor:
         if self.compiled is not None:
-            return _tensor(self.compiled(layer, x, *call.args, **call.kwargs))
-        return _tensor(self._blocks[layer](x, *call.args, **call.kwargs))
+            return main_output(self.compiled(layer, x, *call.args, **call.kwargs))
+        block = self._blocks[layer]
+        y = whole_block(block, self._mode, x, call.args, call.kwargs)
+        return main_output(block(x, *call.args, **call.kwargs)) if y is None else y
 
-    def _between(self, layer: int, x: Tensor, visit: "_Visit") -> Tensor:
+    def _between(self, layer: int, x: Tensor, visit: Visit) -> Tensor:
         """Blocks ``layer`` and ``layer + 1`` share one tensor with two names."""
         x = visit(f"blocks.{layer}.hook_resid_post", x)
         return visit(f"blocks.{layer + 1}.hook_resid_pre", x) if layer + 1 < self.n_layers else x
 
-    def _attention(self, layer: int, x: Tensor, call: "_Call") -> Tensor:
+    def _attention(self, layer: int, x: Tensor, call: Call) -> Tensor:
         """The attention branch: the block's own forward, left at the module that yields attn_out."""
         block = self._blocks[layer]
-        handle = block.get_submodule(self._architecture.attn_out).register_forward_hook(_leave)
+        handle = block.get_submodule(self._architecture.attn_out).register_forward_hook(leave)
         try:
             block(x, *call.args, **call.kwargs)
-        except _Left as left:
+        except Left as left:
             return left.output
         finally:
             handle.remove()
         raise RuntimeError(f"block {layer} of {self.name} never called its {self._architecture.attn_out}")
 
     def _after_attention(
-        self, layer: int, x: Tensor, attn_out: Tensor, visit: "_Visit", mlp_out: Tensor | None = None
+        self, layer: int, x: Tensor, attn_out: Tensor, visit: Visit, mlp_out: Tensor | None = None
     ) -> Tensor:
         """The rest of a block, from its input and attn_out (and mlp_out, where it is known) to its output."""
         mid = x + attn_out
@@ -380,15 +382,15 @@ class LM:
             mlp_out = self._mlp(layer, x, visit)
         return mid + visit(f"blocks.{layer}.hook_mlp_out", mlp_out)
 
-    def _mlp(self, layer: int, x: Tensor, visit: "_Visit") -> Tensor:
+    def _mlp(self, layer: int, x: Tensor, visit: Visit) -> Tensor:
         """The MLP branch with its norms, visited at its hidden layer where that is asked for."""
         block = self._blocks[layer]
         taps = {"mlp.hook_pre": self._architecture.mlp_pre, "mlp.hook_post": self._architecture.mlp_post}
         named = {f"blocks.{layer}.{stage}": tap for stage, tap in taps.items()}
-        handles = [_listen(block, tap, visit, name) for name, tap in named.items() if name in visit.names]
+        handles = [listen(block, tap, visit, name) for name, tap in named.items() if name in visit.names]
         try:
             for path in self._architecture.mlp:
-                x = _tensor(block.get_submodule(path)(x))
+                x = main_output(block.get_submodule(path)(x))
         finally:
             for handle in handles:
                 handle.remove()
@@ -400,19 +402,25 @@ class LM:
         x, calls = self._embed(torch.zeros(1, 2, dtype=torch.int64, device=self.device))
         if len(calls) != self.n_layers or x.shape != (1, 2, self.d_model):
             raise ValueError(f"{self.name} does not run its blocks one after the other, as its family should")
-        whole = _tensor(self._blocks[0](x, *calls[0].args, **calls[0].kwargs))
+        whole = main_output(self._blocks[0](x, *calls[0].args, **calls[0].kwargs))
         if not torch.isfinite(whole).all():
             raise ValueError(f"{self.name} gives NaN or infinity for its first token: its weights are damaged")
         self._known_calls.clear()
-        _, others = self._embed(torch.ones(1, 2, dtype=torch.int64, device=self.device))
-        if not all(map(_same_arguments, calls, others)):
+        ones, others = self._embed(torch.ones(1, 2, dtype=torch.int64, device=self.device))
+        if not all(map(same_arguments, calls, others)):
             raise ValueError(f"{self.name} passes its blocks arguments that depend on the tokens: not supported")
-        visit = _Visit(name for name in self._order if name.startswith("blocks.0."))
+        if not self._is_hooked:
+            self._embeddings = [
+                self._front.get_submodule(p.removesuffix(".weight")) for p in self._architecture.embeddings
+            ]
+            if not torch.equal(self._sum_of_embeddings(torch.ones(1, 2, dtype=torch.int64, device=self.device)), ones):
+                self._embeddings = None
+        visit = Visit(name for name in self._order if name.startswith("blocks.0."))
         parts = self._advance(visit("blocks.0.hook_resid_pre", x), calls, 0, 1, visit)
         if not torch.allclose(whole, parts, rtol=0, atol=2e-2 * float(whole.abs().max())):
             kind = type(self._blocks[0]).__name__
             raise ValueError(f"{self.name}'s blocks ({kind}) do not compute what its family's row in the table says")
-        return {_parse(name)[1]: value.shape[-1] for name, value in visit.seen.items()}
+        return {parse_position(name)[1]: value.shape[-1] for name, value in visit.seen.items()}
 
 
 class Unembedding(nn.Module):
@@ -447,344 +455,6 @@ class Unembedding(nn.Module):
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-class Original(Mapping[str, Tensor]):
-    """What the unchanged model did on a batch: a mapping from the named positions to activations [B, T, width]."""
-
-    lm: LM
-    tokens: Tensor
-    """[B, T], as given."""
-    at: list[str]
-    """Positions that a splice may replace."""
-    fast: bool
-    """As it was asked for; its splices follow."""
-
-    def __init__(
-        self,
-        lm: LM,
-        tokens: Tensor,
-        at: list[str],
-        named: list[str],
-        seen: dict[str, Tensor],
-        calls: list["_Call"],
-        final: Tensor | None,
-        fast: bool,
-    ) -> None:
-        self.lm, self.tokens, self.at, self.fast = lm, tokens, at, fast
-        self._named, self._seen, self._calls, self._final = named, seen, calls, final
-
-    def __getitem__(self, position: str) -> Tensor:
-        if position not in self._named:
-            raise KeyError(f"{position!r} was not asked for: name it in at= or downstream= (there are {self._named})")
-        return self._seen[position]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._named)
-
-    def __len__(self) -> int:
-        return len(self._named)
-
-    @property
-    def final(self) -> Tensor:
-        """[B, T, D]: the hidden state after the final norm, which the unembedding reads; none with suffix=False."""
-        if self._final is None:
-            raise RuntimeError("the original pass stopped early (suffix=False): it has no final state, logits or KL")
-        return self._final
-
-    @torch.no_grad()
-    def logits(self) -> Tensor:
-        """[B, T, V]."""
-        return self.lm.unembed(self.final)
-
-    def restrict(self, at: Iterable[str], downstream: Iterable[str] = ()) -> "Original":
-        """The same pass as if it had been asked for these of its positions alone; nothing is copied."""
-        at, wanted = list(at), {*at, *downstream}
-        if missing := wanted - set(self._named):
-            raise KeyError(f"{min(missing)!r} was not asked for: there are {self._named}")
-        named = [position for position in self._named if position in wanted]
-        return Original(self.lm, self.tokens, at, named, self._seen, self._calls, self._final, self.fast)
-
-    def splice(self, x_hat: Replacement | Mapping[str, Replacement]) -> "Spliced":
-        """The model from the first spliced position on, with a graph.
-
-        x_hat: a tensor [B, T, width] or a function of the activation when ``at`` names one position; else
-        ``{position: tensor or function}``. Functions are called in the order of the network, with the activation that
-        arrives at their position: a later one sees what the earlier ones did. Positions of ``at`` that are left out
-        stay as they are.
-
-        Raises ValueError for positions outside ``at`` and for an x_hat of another shape, dtype or device.
-        """
-        if not isinstance(x_hat, Mapping):
-            if len(self.at) != 1:
-                raise ValueError(f"x_hat must map positions to replacements where at= is not one position: {self.at}")
-            x_hat = {self.at[0]: x_hat}
-        outside = [position for position in x_hat if position not in self.at]
-        if outside or not x_hat:
-            raise ValueError(f"x_hat must name positions of at= ({self.at}), got {list(x_hat)}")
-        return Spliced(self, dict(x_hat))
-
-
-class Spliced:
-    """The model's run with replaced activations. Blocks after the last named position wait until they are needed."""
-
-    def __init__(self, original: Original, replace: dict[str, Replacement]) -> None:
-        lm = self._lm = original.lm
-        self._original = original
-        self._token_kl: Tensor | None = None
-        """(B·T,), where `share_kl` has made it."""
-        first = min(replace, key=lm._order.__getitem__)
-        affected = {p for p in original if lm._order[p] >= lm._order[first]}
-        self._visit = _Visit(affected, replace)
-        with lm._mode.set(original.fast):
-            x, layer = self._enter(first)
-            self._next = max(layer, *map(_blocks_needed, affected))
-            self._stream = lm._advance(x, original._calls, layer, self._next, self._visit)
-
-    def _enter(self, first: str) -> tuple[Tensor, int]:
-        """To the end of the block with the first replacement: the stream there and the index of the next block."""
-        lm, seen, visit = self._lm, self._original._seen, self._visit
-        layer, stage = _parse(first)
-        if stage == "hook_resid_pre":
-            return visit(first, seen[first]), layer
-        if stage == "hook_resid_post":
-            return lm._between(layer, seen[first], visit), layer + 1
-        x, attn_out = seen[f"blocks.{layer}.hook_resid_pre"], seen[f"blocks.{layer}.hook_attn_out"]
-        attn_out = visit(f"blocks.{layer}.hook_attn_out", attn_out)
-        x = lm._after_attention(layer, x, attn_out, visit, seen[first] if stage == "hook_mlp_out" else None)
-        return lm._between(layer, x, visit), layer + 1
-
-    def __getitem__(self, position: str) -> Tensor:
-        """The activation that arrives at a named position (before its own replacement), with a graph."""
-        seen = self._visit.seen
-        return seen[position] if position in seen else self._original[position]
-
-    def run_to_end(self) -> None:
-        """Runs the blocks that wait, now."""
-        _ = self.final
-
-    @cached_property
-    def final(self) -> Tensor:
-        """[B, T, D]: the hidden state after the final norm."""
-        lm = self._lm
-        with lm._mode.set(self._original.fast):
-            x = lm._advance(self._stream, self._original._calls, self._next, lm.n_layers, self._visit)
-        return lm._norm(x)
-
-    def drop_graph(self) -> None:
-        """Keeps the numbers and forgets how they were made: for what is read after the backward pass."""
-        for kept in (self._visit.seen, self.__dict__):
-            kept.update({name: value.detach() for name, value in kept.items() if isinstance(value, Tensor)})
-        self._visit.replace = {}
-
-    def logits(self) -> Tensor:
-        """[B, T, V]."""
-        return self._lm.unembed(self.final)
-
-    def kl(self, rows: Tensor | None = None) -> Tensor:
-        """KL(original ‖ spliced) over the vocabulary, nats, mean over all B·T tokens; never builds the logits.
-
-        ``rows`` [n], int64, are the flattened tokens to take the mean over; None takes all.
-        """
-        student, teacher = self.final.flatten(0, 1), self._original.final.flatten(0, 1)
-        if rows is None and self._token_kl is not None:
-            return self._token_kl.mean()
-        if rows is not None:
-            student, teacher = student[rows], teacher[rows]
-        unembed = self._lm.unembed
-        student, teacher = lowered(student, teacher)
-        weight = unembed.reduced()
-        with as_given(student.device):
-            return kernels.linear_kl(student, teacher, weight, unembed.bias, softcap=unembed.softcap)
-
-    def mse(self, position: str) -> Tensor:
-        """Mean squared difference between what arrives at a position and the original, over tokens and channels."""
-        return nnf.mse_loss(self[position], self._original[position])
-
-
-def share_kl(passes: Sequence[Spliced], *, gradient: bool = True) -> None:
-    """Makes the KL of several spliced runs of one original pass, whose logits are formed once; `kl` then returns it.
-
-    The numbers are those of each run's own `kl`. All runs' graphs are alive at a time. ``gradient=False`` makes KLs
-    that cannot be trained on.
-    """
-    original, unembed = passes[0]._original, passes[0]._lm.unembed
-    finals = [spliced.final.flatten(0, 1) for spliced in passes]
-    students, teacher = lowered(torch.stack([final.detach() for final in finals]), original.final.flatten(0, 1))
-    # The operator itself: it gives the KL of every token, and the gradient of their sum.
-    token_kl, gradients = torch.ops.e2e_fast.linear_kl_shared(
-        students, teacher, unembed.reduced(), unembed.bias, unembed.softcap, gradient
-    )
-    for s, (spliced, final) in enumerate(zip(passes, finals, strict=True)):
-        spliced._token_kl = _TokenKL.apply(final, token_kl[s], gradients[s]) if gradient else token_kl[s]
-
-
-class _TokenKL(torch.autograd.Function):
-    """KLs that are known already, (N,), with their gradient with respect to the final hidden state, (N, D)."""
-
-    @staticmethod
-    def forward(ctx: Any, final: Tensor, token_kl: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        ctx.dtype = final.dtype
-        return token_kl.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dkl: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient * dkl[:, None]).to(gradient.dtype).to(ctx.dtype), None, None
-
-
-# --------------------------------------------------------------------------------------------------- running blocks
-
-
-class _Call:
-    """The arguments that a block is called with, next to the stream."""
-
-    __slots__ = ("args", "kwargs")
-
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.args, self.kwargs = args, kwargs
-
-
-def _same_arguments(a: _Call, b: _Call) -> bool:
-    leaves = [tree_leaves((call.args, call.kwargs)) for call in (a, b)]
-    return all(torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in zip(*leaves, strict=True))
-
-
-class _Notes:
-    """The calls of one pass, and whether the blocks answer with a tensor or with a tuple that starts with it."""
-
-    def __init__(self) -> None:
-        self.calls: list[_Call] = []
-        self.answers_tuple: bool | None = None
-
-
-class _NoteTaker(nn.Module):
-    """Stands where a block stood: writes the call down and passes the stream on."""
-
-    def __init__(self, notes: _Notes, block: nn.Module) -> None:
-        super().__init__()
-        self._notes = notes
-        self._block = [block]  # in a list: it is not a part of this module
-        # Some models of transformers below 4.57 choose the mask by an attribute of the block.
-        if hasattr(block, "attention_type"):
-            self.attention_type = block.attention_type
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
-        self._notes.calls.append(_Call(args, kwargs))
-        if self._notes.answers_tuple is None:
-            self._notes.answers_tuple = not isinstance(self._block[0](x, *args, **kwargs), Tensor)
-        return (x,) if self._notes.answers_tuple else x
-
-
-class _Visit:
-    """Sees the activations at some positions and replaces those it has a replacement for."""
-
-    def __init__(self, wanted: Iterable[str], replace: Mapping[str, Replacement] | None = None) -> None:
-        self.replace = replace or {}
-        self.names = {*wanted, *self.replace}
-        self.inside = {layer for layer, stage in map(_parse, self.names) if stage in STAGES[1:-1]}
-        self.seen: dict[str, Tensor] = {}
-
-    def __call__(self, name: str, x: Tensor) -> Tensor:
-        if name not in self.names:
-            return x
-        self.seen[name] = x
-        if name not in self.replace:
-            return x
-        x_hat = self.replace[name]
-        if not isinstance(x_hat, Tensor):
-            x_hat = x_hat(x)
-        if not isinstance(x_hat, Tensor) or (x_hat.shape, x_hat.dtype, x_hat.device) != (x.shape, x.dtype, x.device):
-            raise ValueError(f"x_hat at {name} must be like the activation, {_describe(x)}, got {_describe(x_hat)}")
-        return x_hat
-
-
-class _Left(Exception):
-    """Carries a module's output out of the block's forward."""
-
-    def __init__(self, output: Tensor) -> None:
-        super().__init__()
-        self.output = output
-
-
-def _leave(module: nn.Module, args: Any, output: Any) -> None:
-    raise _Left(_tensor(output))
-
-
-def _listen(block: nn.Module, tap: Tap, visit: _Visit, name: str) -> Any:
-    """Puts a visit on a module's input or output; returns the hook's handle."""
-    module = block.get_submodule(tap.module)
-    if tap.side == "input":
-
-        def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (visit(name, args[0]), *args[1:])
-
-        return module.register_forward_pre_hook(before)
-
-    def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return visit(name, output)
-
-    return module.register_forward_hook(after)
-
-
-def _tensor(output: Any) -> Tensor:
-    """A module's main output: some return (tensor, attention weights, …)."""
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def _describe(x: Any) -> str:
-    return f"{list(x.shape)} {x.dtype} on {x.device}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-
-
-# -------------------------------------------------------------------------------------------------------- positions
-
-
-def _positions(n_layers: int, parallel: bool) -> dict[str, int]:
-    """Position → its place in the order of the network."""
-    stages = [stage for stage in STAGES if not (parallel and stage == "hook_resid_mid")]
-    names = (f"blocks.{layer}.{stage}" for layer in range(n_layers) for stage in stages)
-    return {name: i for i, name in enumerate(names)}
-
-
-def _parse(position: str) -> tuple[int, str]:
-    _, layer, stage = position.split(".", 2)
-    return int(layer), stage
-
-
-def _blocks_needed(position: str) -> int:
-    layer, stage = _parse(position)
-    return layer if stage == "hook_resid_pre" else layer + 1
-
-
-# ----------------------------------------------------------------------------------------------------------- loading
-
-
-class _Configs(NamedTuple):
-    """Configurations of the front alone: neither looks at the tokens, which would wait for a GPU in every step."""
-
-    masks: Any
-    """Without a padding token: transformers searches the batch for it, to warn."""
-    no_masks: Any
-    """Of an attention that needs no masks, for shapes whose masks are there already: transformers inspects position
-    ids when it makes them."""
-
-
-def _front_configs(config: Any) -> _Configs:
-    masks = copy.copy(config)
-    masks.pad_token_id = None
-    no_masks = copy.copy(masks)
-    no_masks._attn_implementation = "none_needed"
-    return _Configs(masks, no_masks)
-
-
-def _from_pretrained(source: str, dtype: torch.dtype) -> Any:
-    import transformers
-
-    major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
-    name = "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
-    return transformers.AutoModelForCausalLM.from_pretrained(source, **{name: dtype})
-
-
 def _of_e2e_sae(path: Path, processing: str, tokenizer: Any, dtype: torch.dtype | None) -> LM:
     """A language model that e2e_sae trained, unprocessed whatever the processing is called."""
     from e2e_fast.formats import lens_checkpoint
@@ -795,12 +465,3 @@ def _of_e2e_sae(path: Path, processing: str, tokenizer: Any, dtype: torch.dtype 
     lm = LM(model, "none", tokenizer=tokenizer, source=source)
     lm.name, lm.processing = str(path), processing
     return lm
-
-
-def _load_tokenizer(source: str) -> Any:
-    folder = Path(source)
-    if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
-        return None
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(source)

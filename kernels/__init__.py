@@ -20,6 +20,7 @@ from e2e_fast.kernels._buffers import release_buffers
 from e2e_fast.kernels.adam import adam_step, clip_coefficient
 from e2e_fast.kernels.attention import attention
 from e2e_fast.kernels.autoencode import autoencode
+from e2e_fast.kernels.branch import branch
 from e2e_fast.kernels.decode import decode
 from e2e_fast.kernels.density import DensityController
 from e2e_fast.kernels.encode import encode_batch_topk, encode_jump_relu, encode_relu, encode_topk
@@ -34,6 +35,7 @@ __all__ = [
     "adam_step",
     "attention",
     "autoencode",
+    "branch",
     "clip_coefficient",
     "decode",
     "encode_batch_topk",

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 KEPT_BYTES = 256 << 20
 """Freed memory that the process keeps for its next temporaries (glibc), set when the first CPU operator runs."""
@@ -58,3 +59,14 @@ def array(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> Any:
 def strided(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> Any:
     """`array` in any layout."""
     return None if tensor is None else tensor.detach().to(dtype).numpy()
+
+
+def direct(*tensors: Tensor | None) -> bool:
+    """Whether an operator may run without torch's dispatcher, which takes 20 µs: no graph, trace, mode or profiler."""
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not is_in_torch_dispatch_mode()
+        and not torch.autograd._profiler_enabled()
+        and all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+    )

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from e2e_fast.kernels._buffers import empty_like
-from e2e_fast.kernels._native import array, has_native, native
+from e2e_fast.kernels._native import array, direct, has_native, native
 
 
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
@@ -32,16 +32,18 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     if approximate not in ("none", "tanh"):
         raise ValueError(f'approximate must be "none" or "tanh", got {approximate!r}')
     if x.device.type == "cpu" and x.dtype == torch.float32 and has_native():
-        return _gelu(x, approximate)
+        return (_forward if direct(x) else _gelu)(x, approximate)
     return nnf.gelu(x, approximate=approximate)
 
 
-@torch.library.custom_op("e2e_fast::gelu", mutates_args=(), device_types="cpu")
-def _gelu(x: Tensor, approximate: str) -> Tensor:
+def _forward(x: Tensor, approximate: str) -> Tensor:
     core, y = native(), empty_like(x)
     assert core is not None, "gelu() takes torch's where the core is missing"
     core.gelu(array(x), approximate == "tanh", y.numpy(), torch.get_num_threads())
     return y
+
+
+_gelu = torch.library.custom_op("e2e_fast::gelu", _forward, mutates_args=(), device_types="cpu")
 
 
 @_gelu.register_fake

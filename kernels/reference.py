@@ -165,15 +165,26 @@ def linear_kl_shared(
     return torch.stack([linear_kl(student, teacher, weight, bias, softcap=softcap) for student in students])
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None = None, softcap: float | None = None
+) -> Tensor:
     """``softmax(scale · q kᵀ, over keys up to the query's own token) v``, tokens before heads in the result.
 
-    q (B, H, T, D), k and v (B, K, T, D), K a divisor of H: query head h reads key head h // (H / K).
+    q (B, H, T, D), k and v (B, K, T, D), K a divisor of H: query head h reads key head h // (H / K). ``window``: a
+    token attends to so many, itself among them. ``softcap`` c makes scores c · tanh(s / c).
     """
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    unseen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
-    scores = (scale * q @ k.mT).masked_fill(unseen, -torch.inf)
+    scores = scale * q @ k.mT
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~seen_keys(q.shape[2], window, q.device), -torch.inf)
     return (torch.softmax(scores, -1) @ v).transpose(1, 2)
+
+
+def seen_keys(tokens: int, window: int | None, device: torch.device) -> Tensor:
+    """(T, T): whether query i attends to key j."""
+    seen = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+    return seen if window is None else seen.triu(1 - window)
 
 
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
@@ -181,6 +192,24 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     if approximate == "tanh":
         return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
     return 0.5 * x * torch.erfc(-x / 2**0.5)
+
+
+def branch(
+    x: Tensor,
+    first: tuple[Tensor, Tensor | None],
+    *,
+    norm: tuple[Tensor, Tensor, float] | None = None,
+    gelu: str = "none",
+    second: tuple[Tensor, Tensor | None] | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``residual + W₂ gelu(W₁ norm(x) + b₁) + b₂``: layers are (weight, bias), ``norm`` is (gain, shift, eps)."""
+    if norm is not None:
+        x = nnf.layer_norm(x, x.shape[-1:], *norm)
+    y = nnf.linear(x, *first)
+    if second is not None:
+        y = nnf.linear(nnf.gelu(y, approximate=gelu), *second)
+    return y if residual is None else residual + y
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:

@@ -11,6 +11,7 @@ from lm_models import FAMILIES, random_model, random_tokens
 from torch import Tensor, nn
 
 from e2e_fast import SAE, cpu_blocks, kernels, load_lm, losses
+from e2e_fast.kernels import reference
 from e2e_fast.step import training_step
 
 REAL = ["babyllama-char", "stories260K", "tiny-gpt2"]
@@ -52,7 +53,7 @@ def test_trained_models_keep_their_log_probabilities(name: str, shared: Path) ->
 
 def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Counts calls of our parts."""
-    counts = {"attention": 0, "gelu": 0, "frozen_linear": 0}
+    counts = {"attention": 0, "gelu": 0, "frozen_linear": 0, "branch": 0}
 
     def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -61,7 +62,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
         return call
 
-    for name, owner in (("attention", kernels), ("gelu", kernels), ("frozen_linear", cpu_blocks)):
+    for name in counts:
+        owner = cpu_blocks if name == "frozen_linear" else kernels
         monkeypatch.setattr(owner, name, counted(name, getattr(owner, name)))
     return counts
 
@@ -69,12 +71,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("family", "a_block"),
     [
-        ("gpt2", (1, 1, 4)), ("gpt_neox", (1, 1, 4)), ("llama", (1, 0, 7)), ("gemma", (1, 1, 7)),
-        ("gpt_neo", (0, 1, 6)), ("gemma2", (0, 1, 7)),
+        ("gpt2", (1, 0, 0, 3)), ("gpt_neo", (1, 0, 0, 5)), ("gpt_neox", (1, 1, 4, 0)), ("llama", (1, 0, 7, 0)),
+        ("gemma", (1, 1, 7, 0)), ("gemma2", (1, 1, 7, 0)), ("gemma3_text", (1, 1, 7, 0)), ("mistral", (1, 0, 7, 0)),
     ],
 )  # fmt: skip
 def test_these_parts_of_a_block_are_ours(
-    family: str, a_block: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+    family: str, a_block: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm = load_lm(random_model(family))
     counts = calls(monkeypatch)
@@ -82,7 +84,37 @@ def test_these_parts_of_a_block_are_ours(
     assert tuple(counts.values()) == tuple(lm.n_layers * n for n in a_block)
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", "llama", "gemma", "qwen3"])
+@pytest.mark.parametrize(("family", "products"), [("gpt2", 4), ("gpt_neo", 6)])
+def test_blocks_run_in_parts_where_a_graph_is_recorded_or_one_is_seen(
+    family: str, products: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = load_lm(random_model(family))
+    original = lm.original(random_tokens(), at=POSITION, fast=True)
+    counts = calls(monkeypatch)
+    original.splice(original[POSITION].clone().requires_grad_()).run_to_end()
+    assert tuple(counts.values()) == (2, 2, 2 * products, 0)
+    lm.original(random_tokens(), at="blocks.1.hook_attn_out", fast=True, suffix=False)
+    assert tuple(counts.values()) == (4, 3, 3 * products, products - 1)
+
+
+def test_wide_blocks_run_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = calls(monkeypatch)
+    load_lm(random_model("gpt2", n_embd=cpu_blocks.WIDEST + 4)).original(random_tokens(), fast=True)
+    assert counts["branch"] == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"activation_function": "relu"}, {"attn_implementation": "eager"}, {"scale_attn_by_inverse_layer_idx": True}],
+    ids=str,
+)
+def test_unusual_gpt2s_give_their_own_numbers(changes: dict[str, Any]) -> None:
+    model, tokens = random_model("gpt2", **changes), random_tokens(3, 23)
+    ours = nnf.log_softmax(load_lm(model, processing="none").original(tokens, fast=True).logits(), -1)
+    torch.testing.assert_close(ours, nnf.log_softmax(model(tokens).logits.detach(), -1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama", "gemma", "qwen3", "gemma2", "mistral"])
 def test_a_pass_that_does_not_ask_for_speed_runs_as_the_model_does(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,13 +138,45 @@ def test_splices_and_training_steps_are_as_fast_as_their_pass(monkeypatch: pytes
     assert counts["attention"] == 2 * (2 * lm.n_layers - 1)
 
 
-def test_a_sliding_window_that_the_batch_exceeds_keeps_the_models_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    lm = load_lm(random_model("mistral"))  # a window of 8
-    counts = calls(monkeypatch)
-    lm.original(random_tokens(2, 7), fast=True)
-    assert counts["attention"] == lm.n_layers
-    lm.original(random_tokens(2, 13), fast=True)
-    assert counts["attention"] == lm.n_layers
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("gpt_neo", {"window_size": 1}), ("gpt_neo", {"window_size": 30}), ("mistral", {"sliding_window": 3}),
+        ("gemma2", {"sliding_window": 3, "query_pre_attn_scalar": 3}), ("gemma2", {"attn_logit_softcapping": None}),
+        ("gemma2", {"attn_logit_softcapping": 0.5, "num_key_value_heads": 1}),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("tokens", [2, 19])
+def test_windows_caps_and_scales_of_attention_are_the_models(family: str, changes: dict[str, Any], tokens: int) -> None:
+    model, batch = random_model(family, **changes), random_tokens(3, tokens)
+    ours = log_probabilities_and_gradient(model, batch, fast=True)
+    theirs = log_probabilities_and_gradient(model, batch, fast=False)
+    exact = log_probabilities_and_gradient(model.double(), batch, fast=False)
+    for got, usual, want in zip(ours, theirs, exact, strict=True):
+        assert (got - want).norm() <= 2 * (usual - want).norm() + 2e-7 * want.norm()
+        torch.testing.assert_close(got, usual, rtol=0, atol=2e-5 * max(1, float(usual.abs().max())))
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_attention_masks_are_read_once_for_what_they_are(additive: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    causal = reference.seen_keys(9, None, torch.device("cpu"))
+    masks = {
+        "causal": causal,
+        "window": causal.triu(-3),
+        "padded": causal & (torch.arange(9) > 1),
+        "short": causal[-1:],
+    }
+    if additive:
+        masks = {name: torch.zeros(mask.shape).masked_fill(~mask, -3e38) for name, mask in masks.items()}
+    expected = {"causal": 9, "window": 4, "padded": 0, "short": 0}
+    for name, mask in masks.items():
+        assert cpu_blocks._window(mask[None, None], 9, 4) == expected[name]
+        kept = mask.expand(2, 1, -1, -1)
+        assert cpu_blocks._window(kept, 9, 4) == expected[name]
+        with monkeypatch.context() as patch:
+            patch.setattr(reference, "seen_keys", None)
+            assert cpu_blocks._window(kept, 9, 4) == expected[name]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 import e2e_fast
 from e2e_fast import losses
 from e2e_fast.cuda_graphs import _AlwaysDense
-from e2e_fast.lm import _Call
+from e2e_fast.lm_blocks import Call
 
 SAES = {"sae_positions": AT, "dict_size_to_input_ratio": 3.0, "k": 4}
 MODELS = {"gpt2": tiny.gpt2, "llama": tiny.llama}
@@ -41,8 +41,8 @@ def without_values(trainer: e2e_fast.Trainer) -> None:
     calls = dict(lm._known_calls)
     lm.to("meta")
 
-    def moved(call: _Call) -> _Call:
-        return _Call(*tree_map_only(torch.Tensor, lambda t: t.to("meta"), (call.args, call.kwargs)))
+    def moved(call: Call) -> Call:
+        return Call(*tree_map_only(torch.Tensor, lambda t: t.to("meta"), (call.args, call.kwargs)))
 
     lm._known_calls = {shape: [moved(call) for call in each] for shape, each in calls.items()}
     for member in trainer.members:

@@ -427,7 +427,7 @@ def test_transformer_lens_names_are_understood(monkeypatch: pytest.MonkeyPatch) 
         asked.append(source)
         return random_model("gpt2")
 
-    monkeypatch.setattr(lm_module, "_from_pretrained", load)
+    monkeypatch.setattr(lm_module, "from_pretrained", load)
     for name in ("gpt2-small", "pythia-14m", "roneneldan/TinyStories-1M"):
         load_lm(name)
     assert asked == ["gpt2", "EleutherAI/pythia-14m", "roneneldan/TinyStories-1M"]

@@ -243,6 +243,21 @@ def test_where_and_how_a_run_is_computed_may_change(model: Any, run: e2e_fast.Ru
         torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-5)
 
 
+# ----------------------------------------------------------------------------------------------- language models
+
+
+@pytest.mark.parametrize("name", ["./nope", "/nope", "~/nope", "nope/", "a/b/nope", Path("nope")], ids=str)
+def test_a_path_without_a_model_is_not_looked_up_on_the_hub(name: Any) -> None:
+    with pytest.raises(FileNotFoundError, match=f"there is no folder {name}$"):
+        e2e_fast.load_lm(name)
+
+
+def test_a_folder_without_a_model_says_what_it_lacks(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(FileNotFoundError, match=f"a config.json, which {tmp_path} has not"):
+        e2e_fast.load_lm(tmp_path)
+
+
 # ------------------------------------------------------------------------------------------------- files of SAEs
 
 

@@ -34,7 +34,7 @@ def operator_calls() -> dict[str, tuple]:
     c = leaf(N, F).detach().relu_()
     adam = [t.clone() for t in (plain[1], plain[2], plain[1], plain[2].abs())]
     attended = [t.detach() for t in queries_keys_values()]
-    attended = [*attended, 0.5, *op.attention(*attended, 0.5)]
+    attended = [*attended, 0.5, 3, 2.0, *op.attention(*attended, 0.5, 3, 2.0)]
     return {
         "encode_topk": (op.encode_topk, (x, W_enc, b_enc, 3)),
         "encode_relu[capacity]": (op.encode_relu, (x, W_enc, b_enc, 5)),
@@ -89,8 +89,9 @@ def operator_calls() -> dict[str, tuple]:
             op.adam_step,
             (*adam, *torch.ones(2).double(), 0.9, 0.999, 1e-8, 0.0, norms[0].clone(), norms.clone(), plain[2].clone()),
         ),
-        "attention": (op.attention, (*queries_keys_values(), 0.5)),
-        "attention_backward": (op.attention_backward, (*attended, torch.randn_like(attended[4]))),
+        "attention": (op.attention, (*queries_keys_values(), 0.5, 3, 2.0)),
+        "attention_backward": (op.attention_backward, (*attended, torch.randn_like(attended[6]))),
+        "branch": (op.branch, (torch.randn(3, 5), None, None, 0.0, torch.randn(6, 5), None, "none", None, None, None)),
         "gelu": (op.gelu, (queries_keys_values()[0], "tanh")),
         "gelu_backward": (op.gelu_backward, (attended[0], attended[0], "none")),
         "linear_kl": (op.linear_kl, (x, teacher, unembed, bias, 2.0, True)),
@@ -137,6 +138,7 @@ MODULES = [
     "adam",
     "attention",
     "autoencode",
+    "branch",
     "code_backward",
     "decode",
     "density",
