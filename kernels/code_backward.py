@@ -39,8 +39,7 @@ from e2e_fast.kernels.reference import NORM_EPS
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op("e2e_fast::code_backward", mutates_args=(), device_types="cpu")
-def code_backward(
+def backward_on_cpu(
     values: Tensor,
     indices: Tensor,
     dvalues: Tensor | None,
@@ -55,10 +54,13 @@ def code_backward(
     inverse_norms: Tensor | None = None,
     need_dvalues: bool = True,
 ) -> Gradients:
-    """See the module's text."""
+    """The operator's body."""
     job = (values, indices, dvalues, g, W_dec, x, W_enc, normalize, need_dW_dec, need_dW_enc, need_dx, need_dvalues)
     core = native() if accumulator(values, W_dec, W_enc) == torch.float32 else None
     return _torch_backward(*job, inverse_norms) if core is None else _native_backward(core, *job)
+
+
+code_backward = torch.library.custom_op("e2e_fast::code_backward", backward_on_cpu, mutates_args=(), device_types="cpu")
 
 
 def _native_backward(

@@ -68,8 +68,7 @@ def row_inverse_norms(weight: Tensor) -> Tensor:
     return norms.clamp_min(NORM_EPS).reciprocal()
 
 
-@torch.library.custom_op("e2e_fast::decode", mutates_args=(), device_types="cpu")
-def _decode(
+def decode_on_cpu(
     values: Tensor,
     indices: Tensor,
     weight: Tensor,
@@ -78,6 +77,7 @@ def _decode(
     band: Tensor | None = None,
     inverse_norms: Tensor | None = None,
 ) -> Tensor:
+    """The operator's body."""
     dtype = accumulator(weight)
     core = native() if dtype == torch.float32 else None
     if core is not None:
@@ -91,6 +91,9 @@ def _decode(
     else:
         y = torch.zeros(values.shape[0], weight.shape[1], dtype=dtype)
     return (y if bias is None else y + bias).to(weight.dtype)
+
+
+_decode = torch.library.custom_op("e2e_fast::decode", decode_on_cpu, mutates_args=(), device_types="cpu")
 
 
 def gather(

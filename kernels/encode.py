@@ -149,8 +149,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_bias("bias", bias, weight.shape[0])
 
 
-@torch.library.custom_op("e2e_fast::encode_topk", mutates_args=(), device_types="cpu")
-def _encode_topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def topk_on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator's body: values, indices and count."""
     core = native() if accumulator(x, weight) == torch.float32 else None
     if core is not None:
         return _select(core, x, weight, bias, k, k)
@@ -164,13 +164,19 @@ def _encode_topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tupl
     return value, torch.cat(indices).int(), (~(value <= 0)).sum(-1, dtype=torch.int32)
 
 
-@torch.library.custom_op("e2e_fast::encode_relu", mutates_args=(), device_types="cpu")
-def _encode_relu(x: Tensor, weight: Tensor, bias: Tensor | None, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+_encode_topk = torch.library.custom_op("e2e_fast::encode_topk", topk_on_cpu, mutates_args=(), device_types="cpu")
+
+
+def relu_on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator's body: values, indices and count."""
     core = native() if accumulator(x, weight) == torch.float32 else None
     if core is not None:
         return _select(core, x, weight, bias, 0, min(capacity, weight.shape[0]))
     values, indices, count = _compacted(_scores(x, weight, bias), x, weight, capacity)
     return values.to(torch.promote_types(x.dtype, weight.dtype)), indices, count
+
+
+_encode_relu = torch.library.custom_op("e2e_fast::encode_relu", relu_on_cpu, mutates_args=(), device_types="cpu")
 
 
 def _compacted(scores: Iterator[Tensor], x: Tensor, weight: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
