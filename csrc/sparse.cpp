@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -200,7 +201,7 @@ namespace {
 /// The transposed code: each feature's used slots, tokens ascending.
 struct Transposed {
   std::vector<int64_t> start;  // (F + 1)
-  std::vector<Slot> slots;
+  std::unique_ptr<Slot[]> slots;  // never filled with zeros: that would bring them all to one core
 };
 
 /// A counting sort. Each chunk of tokens counts its slots and later puts them where its share of each feature begins, so the
@@ -226,7 +227,7 @@ Transposed transpose(const Backward& job, int threads) {
     for (int64_t chunk = 0; chunk < chunks; ++chunk) total += std::exchange(next[chunk * F + j], total);
   }
   code.start[F] = total;
-  code.slots.resize(total);
+  code.slots.reset(new Slot[total]);
   parallel_jobs(chunks, threads, [&](int64_t chunk, int) {
     const auto [first, last] = rows_of(chunk);
     int64_t* const to = next.data() + chunk * F;
@@ -251,7 +252,7 @@ void code_backward(const Backward& job, int threads) {
   const bool past_caches = job.features * job.width >= kCached && job.width % 16 == 0 && aligned(job.dW_dec) && aligned(job.dW_enc);
   parallel_for(job.features, kFeaturesAtOnce, threads, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(2 * job.width);
-    E2E_DISPATCH(backward_features, job, begin, end, code.slots.data(), code.start.data(), past_caches, scratch.data());
+    E2E_DISPATCH(backward_features, job, begin, end, code.slots.get(), code.start.data(), past_caches, scratch.data());
     E2E_DISPATCH(finish_streaming);
   });
 }

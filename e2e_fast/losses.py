@@ -22,6 +22,8 @@ code computes KL(original ‖ spliced) although its docstring names the other di
 1.0
 """
 
+import functools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal, Self, get_args
 
@@ -213,7 +215,8 @@ def compute_loss(
 
     half = 0.5 if config.balanced else 1.0
     for position, act in acts.items():
-        sparsity = act.norm(config.sparsity.p_norm).mean() / act.input.shape[-1]
+        norms = act.norm(config.sparsity.p_norm)
+        sparsity = norms.sum() / (norms.numel() * act.input.shape[-1])
         add(f"sparsity/{position}", config.sparsity.coeff, sparsity)
         if config.out_to_in is not None:
             add(f"out_to_in/{position}", half * config.out_to_in.coeff, nnf.mse_loss(act.input, act.output))
@@ -233,5 +236,5 @@ def compute_loss(
                 scale = sum(terms[f"out_to_in/{position}"] for position in acts) / (kl.detach() + KL_FLOOR)
             add("logits_kl", half * config.logits_kl.coeff, kl, scale)
 
-    total = torch.stack(used).sum() if used else next(iter(terms.values())) * 0
+    total = functools.reduce(operator.add, used) if used else next(iter(terms.values())) * 0
     return total, terms

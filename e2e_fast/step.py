@@ -114,7 +114,8 @@ original_pass, training_step = Steps().original_pass, Steps().training_step
 
 def _backward(work: Work, result: StepResult) -> StepResult:
     with work.timings.phase("backward"), as_given(work.lm.device):
-        (result.loss / work.accumulation_steps).backward()
+        loss = result.loss if work.accumulation_steps == 1 else result.loss / work.accumulation_steps
+        loss.backward()
     return without_graph(result)
 
 
