@@ -221,7 +221,8 @@ def _is_causal(tokens: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
 
 def _gpt2(block: Any) -> Parts | None:
     attention = block.attn
-    if MODE not in vars(attention) or not isinstance(block.mlp.act, GELU):
+    # transformers 4 has no ``scaling``: there the block is run in parts.
+    if MODE not in vars(attention) or not hasattr(attention, "scaling") or not isinstance(block.mlp.act, GELU):
         return None
     return Parts(
         _norm(block.ln_1), (attention.c_attn.layer,), attention.num_heads, attention.scaling, None,
