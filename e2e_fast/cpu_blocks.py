@@ -279,7 +279,8 @@ def _attend(
     """An attention function of transformers: ours where it computes the same, else the model's."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    # A mask says all: transformers 4 calls what it masks not causal.
+    causal = attention_mask is not None or (getattr(module, "is_causal", True) if is_causal is None else is_causal)
     plain = dropout == 0 and causal and all(options.get(name) is None for name in CHANGES)
     mode: Mode | None = vars(module).get(MODE)
     if mode is not None and mode.fast and plain and _fits(query, key, value):
@@ -303,15 +304,20 @@ def _attend_as_gpt_neo(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None = None,
+    *rest: Any,
 ) -> tuple[Tensor, Any]:
-    """GPT-Neo's ``_attn``: scores are not scaled, every other block has a window. Returns heads before tokens."""
+    """GPT-Neo's ``_attn``: scores are not scaled, every other block has a window. Returns heads before tokens.
+
+    ``rest`` is a head mask in transformers 4.
+    """
     dropout: Any = module.attn_dropout
-    if mode.fast and _fits(query, key, value) and not (dropout.training and dropout.p):
+    plain = not (dropout.training and dropout.p) and all(value is None for value in rest)
+    if mode.fast and plain and _fits(query, key, value):
         tokens, config = query.shape[2], vars(module)["config"]
         if _window(attention_mask, tokens, None) == tokens:
             window = config.window_size if vars(module)["attention_type"] == "local" else None
             return kernels.attention(query, key, value, scale=1.0, window=window).transpose(1, 2), None
-    return usual(query, key, value, attention_mask)
+    return usual(query, key, value, attention_mask, *rest)
 
 
 def _fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
