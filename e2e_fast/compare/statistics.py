@@ -94,6 +94,8 @@ def greedy_matching(A: Any, B: Any, *, candidates: int = 64, threads: int | None
     from e2e_fast.compare.dictionaries import check_rows, read_dictionary
     from e2e_fast.compare.similarities import Similarities
 
+    if candidates < 1:
+        raise ValueError(f"candidates must be at least 1, got {candidates}")
     a, b = read_dictionary(A), read_dictionary(B)
     for name, side in (("A", a), ("B", b)):
         check_rows(side, name)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from e2e_fast.compare import greedy_matching, match_dictionaries, null_mean
+from e2e_fast.compare import greedy_matching, match_dictionaries, nearest_others, null_mean
 
 sys.path.insert(0, str(Path(__file__).parent))
 import families
@@ -55,3 +55,14 @@ def test_greedy_takes_pairs_by_falling_similarity(family: str, n: int, m: int):
     assert list(map(tuple, greedy)) == greedy_by_sorting(A @ B.T)
     similarity = (A @ B.T)[greedy[:, 0], greedy[:, 1]]
     assert similarity.sum() <= match_dictionaries(A, B).total + 1e-9
+
+
+@pytest.mark.parametrize("function", [nearest_others, lambda A, **options: greedy_matching(A, A, **options)])
+def test_no_thread_at_all_is_refused_before_the_compiled_core_divides_by_it(function):
+    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
+        function(np.eye(3), threads=0)
+
+
+def test_greedy_matching_without_candidates_is_refused():
+    with pytest.raises(ValueError, match="candidates must be at least 1, got 0"):
+        greedy_matching(np.eye(3), np.eye(3), candidates=0)
