@@ -35,6 +35,14 @@ def test_null_mean_grows_with_the_number_of_features_and_falls_with_the_dimensio
     assert np.isnan(null_mean(0, 5, 8))
 
 
+@pytest.mark.parametrize(("n", "m", "d"), [(1, 1, 16), (3, 3, 4), (12, 12, 3), (12, 12, 16), (5, 50, 3), (20, 20, 4)])
+def test_null_mean_of_a_few_features_is_close_or_not_given(n: int, m: int, d: int):
+    drawn = np.mean([match_dictionaries(*families.random(n, m, d, seed)).mean for seed in range(300)])
+    null = null_mean(n, m, d)
+    assert np.isnan(null) or null == pytest.approx(drawn, rel=0.1)
+    assert np.isnan(null) == ((n, m, d) in [(1, 1, 16), (3, 3, 4), (12, 12, 3)])
+
+
 def greedy_by_sorting(S: np.ndarray) -> list[tuple[int, int]]:
     free_row, free_col, pairs = np.ones(S.shape[0], bool), np.ones(S.shape[1], bool), []
     order = np.argsort(-S, axis=None, kind="stable")
