@@ -141,6 +141,27 @@ def load_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def load_yaml(path: Path) -> dict[str, Any]:
+    """The mapping of a YAML file, empty for an empty file. Raises ValueError when it holds something else."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no readable YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a mapping of keys to values, got {type(content).__name__}")
+    return content
+
+
+def part(settings: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The settings under a key, {} where there are none. Raises ValueError when something else is there."""
+    content = settings.get(key) or {}
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{key} must hold settings of its own, got {content!r}")
+    return dict(content)
+
+
 def decoders(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
     """Decoders [n, d] by what precedes ``W_dec``, ``decoder.weight`` … in their name (usually nothing)."""
     return _find(tensors, _DECODERS)
