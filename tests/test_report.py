@@ -21,6 +21,7 @@ from e2e_fast.compare import match_dictionaries, nearest_others
 from e2e_fast.compare.dictionaries import recorded_alive
 from e2e_fast.report import write_report
 from e2e_fast.report.page import read_entries
+from e2e_fast.report.plots import inline_svg
 from e2e_fast.report.runs import Evaluation, Missing, evaluated, expanded, read_record
 
 ODD = """<b>"x" & 'y'"""
@@ -204,6 +205,16 @@ def test_a_run_that_cannot_be_evaluated_says_why(runs: tuple[Path, Path], tmp_pa
     assert [i for i in page.ids if i in SECTIONS] == ["what", "quality", "definitions", "origin"]
     assert "it could not be evaluated" in text
     assert "the folder holds no summary.json" in text
+
+
+def test_axes_say_the_numbers_that_they_were_drawn_with() -> None:
+    ticks = [0.0, 0.005, 0.0125, 1.2345]
+
+    def draw(axes: Any) -> None:
+        axes.set_yticks(ticks, [str(tick) for tick in ticks])
+
+    svg = inline_svg(draw, "ticks")
+    assert set(map(str, ticks)) <= set(re.findall(r">([^<>]+)</text>", svg))
 
 
 def test_the_saes_of_one_run_are_entries_of_their_own_and_a_sweep_is_its_members(tmp_path: Path) -> None:

@@ -152,7 +152,9 @@ def inline_svg(draw: Callable[["Axes"], None], label: str, *, size: tuple[float,
     svg = svg.replace("xlink:href", "href").replace(_INK, "currentColor")
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # speaks of the whole page
     svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
-    return re.sub(r"(\d\.\d\d)\d+", r"\1", re.sub(r"\s+", " ", svg)).strip()
+    # Coordinates need no more than two decimals; what is written on the axes keeps its own.
+    svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), svg)
+    return re.sub(r"\s+", " ", svg).strip()
 
 
 def _shares(values: np.ndarray) -> np.ndarray:
