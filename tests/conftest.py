@@ -1,6 +1,8 @@
 """Shared fixtures: where ../shared lies, and skipping with a reason where it is missing."""
 
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,3 +28,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def shared() -> Path:
     """The folder of real models, texts, dictionaries and golden runs."""
     return SHARED
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Runs ``e2e-fast ARGUMENT …`` in this process; returns its exit code."""
+    from e2e_fast import cli
+
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["e2e-fast", *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        return int(exit_.value.code or 0)
+
+    return run

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,43 +49,36 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["e2e-fast", *arguments])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    return int(exit_.value.code or 0)
-
-
-def test_train_then_eval(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(monkeypatch, "train", str(folder / "config.yaml"), "--quiet") == 0
+def test_train_then_eval(folder: Path, command: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("train", str(folder / "config.yaml"), "--quiet") == 0
     saved = Path(capsys.readouterr().out.strip().splitlines()[-1].removeprefix("saved in "))
     names = {p.name for p in saved.iterdir()}
     assert names >= {"final_config.yaml", "samples_16.safetensors", "samples_32.safetensors"}
-    assert run(monkeypatch, "eval", str(saved), "--samples", "8", "--json") == 0
+    assert command("eval", str(saved), "--samples", "8", "--json") == 0
     metrics = json.loads(capsys.readouterr().out)
     assert metrics["loss/eval/logits_kl"] > 0
     last = [json.loads(line) for line in (saved / "metrics.jsonl").read_text().splitlines()]
     logged = next(row for row in reversed(last) if "loss/eval/logits_kl" in row)
     assert metrics["loss/eval/logits_kl"] == pytest.approx(logged["loss/eval/logits_kl"], rel=1e-5)
-    assert run(monkeypatch, "train", str(folder / "config.yaml"), "--quiet", "--resume", str(saved)) == 0
+    assert command("train", str(folder / "config.yaml"), "--quiet", "--resume", str(saved)) == 0
 
 
 def test_a_mistake_is_one_clear_line_and_exit_code_2(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, command: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = yaml.safe_load((folder / "config.yaml").read_text())
     wrong = folder / "wrong.yaml"
     wrong.write_text(yaml.safe_dump(settings | {"batchsize": 4}))
-    assert run(monkeypatch, "train", str(wrong)) == cli.EXIT_BAD_INPUT
+    assert command("train", str(wrong)) == cli.EXIT_BAD_INPUT
     assert "batchsize: unknown key (did you mean batch_size?)" in capsys.readouterr().err
-    assert run(monkeypatch, "train", str(folder / "none.yaml")) == cli.EXIT_BAD_INPUT
+    assert command("train", str(folder / "none.yaml")) == cli.EXIT_BAD_INPUT
     assert "no file" in capsys.readouterr().err
-    assert run(monkeypatch, "eval", str(folder)) == cli.EXIT_BAD_INPUT
+    assert command("eval", str(folder)) == cli.EXIT_BAD_INPUT
     assert "final_config.yaml" in capsys.readouterr().err
 
 
-def test_info_names_what_is_active(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(monkeypatch, "info") == 0
+def test_info_names_what_is_active(command: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("info") == 0
     out = capsys.readouterr().out
     assert "SIMD level" in out
     assert torch.__version__ in out

@@ -3,7 +3,7 @@
 import html
 import json
 import re
-import sys
+from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -234,19 +234,12 @@ def test_the_saes_of_one_run_are_entries_of_their_own_and_a_sweep_is_its_members
     assert "Of the same seed and size" not in text
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["e2e-fast", "report", *arguments])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    return int(exit_.value.code or 0)
-
-
 def test_the_command_writes_the_page_with_itself_in_it(
-    runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    runs: tuple[Path, Path], tmp_path: Path, command: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "page.html"
     arguments = [*map(str, runs), "--out", str(out), "--eval", "4", "--name", "same", "--name", ODD]
-    assert run(monkeypatch, *arguments) == 0
+    assert command("report", *arguments) == 0
     assert capsys.readouterr().out.strip() == f"written {out}"
     text = out.read_text()
     check_stands_alone(text)
@@ -275,7 +268,7 @@ def broken_history(runs: tuple[Path, Path], folder: Path) -> Path:
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
     arguments: list[str], message: str, runs: tuple[Path, Path], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    command: Callable[..., int], capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     np.save(tmp_path / "nan.npy", np.full((3, 32), np.nan))
     for name in ("empty", "history"):
@@ -288,7 +281,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     }
     for word, place in places.items():
         arguments = [argument.replace(word, str(place)) for argument in arguments]
-    assert run(monkeypatch, *arguments, "--out", str(tmp_path / "page.html")) == cli.EXIT_BAD_INPUT
+    assert command("report", *arguments, "--out", str(tmp_path / "page.html")) == cli.EXIT_BAD_INPUT
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error
     assert not (tmp_path / "page.html").exists()

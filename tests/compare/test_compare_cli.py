@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,17 +24,10 @@ def files(tmp_path: Path) -> list[str]:
     return [str(tmp_path / f"{name}.npy") for name in ("a", "b", "[odd] <name>", "wide")]
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["e2e-fast", "compare", *arguments])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    return int(exit_.value.code or 0)
-
-
 def test_the_tables_name_every_dictionary_and_pair(
-    files: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    files: list[str], command: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ):
-    assert run(monkeypatch, *files) == 0
+    assert command("compare", *files) == 0
     printed = capsys.readouterr().out
     assert "[odd] <name>" in printed
     for text in ("1 → 2", "1 → 3", "2 → 3", "exact", "the same width can be compared: 1, 2, 3 (d = 8); 4 (d = 9)"):
@@ -43,11 +37,11 @@ def test_the_tables_name_every_dictionary_and_pair(
 
 
 def test_json_and_files_hold_the_functions_numbers(
-    files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    files: list[str], tmp_path: Path, command: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ):
     out = tmp_path / "out"
     arguments = ("--json", "--out", str(out), "--pairs", "--name", "x", "--name", "y", "--threads", "1")
-    assert run(monkeypatch, *files[:2], *arguments) == 0
+    assert command("compare", *files[:2], *arguments) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((out / "compare.json").read_text())
     found = compare_dictionaries({"x": files[0], "y": files[1]}, threads=1)
@@ -72,13 +66,13 @@ def test_json_and_files_hold_the_functions_numbers(
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
     files: list[str], take: int, arguments: list[str], message: str, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    command: Callable[..., int], capsys: pytest.CaptureFixture[str],
 ):  # fmt: skip
     broken = np.eye(8)
     broken[3, 1] = np.nan
     np.save(tmp_path / "broken.npy", broken)
     arguments = [str(tmp_path / "broken.npy") if argument == "NAN" else argument for argument in arguments]
-    assert run(monkeypatch, *files[:take], *arguments) == cli.EXIT_BAD_INPUT
+    assert command("compare", *files[:take], *arguments) == cli.EXIT_BAD_INPUT
     error = capsys.readouterr().err.strip()
     assert message in error
     assert len(error.splitlines()) == 1
