@@ -3,6 +3,7 @@
 import html
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -17,7 +18,7 @@ from tiny import AT, LAST
 
 import e2e_fast
 from e2e_fast import cli, formats
-from e2e_fast.compare import match_dictionaries, nearest_others
+from e2e_fast.compare import compare_dictionaries, match_dictionaries, nearest_others
 from e2e_fast.compare.dictionaries import recorded_alive
 from e2e_fast.report import write_report
 from e2e_fast.report.page import read_entries
@@ -227,8 +228,13 @@ def test_the_saes_of_one_run_are_entries_of_their_own_and_a_sweep_is_its_members
     assert [entry.name for entry in entries] == [f"seed-{i} · {p}" for i in (0, 1) for p in (AT, LAST)]
     assert entries[0].record is not None
     assert entries[0].record.tokens_per_second == Missing("trained in a sweep of 2, whose time is shared")
+    of_all = Evaluation({"performance/eval/difference_ce_loss": -0.1, f"sparsity/eval/L_0/{AT}": 3.0}, "here")
+    for sources in ([folder], [f"{folder}/seed-0::{AT}", f"{folder}/seed-1::{AT}"]):
+        evaluations = dict.fromkeys([entry.source for entry in read_entries(sources)], of_all)
+        text = write_report(sources, tmp_path / "report.html", evaluations=evaluations).read_text()
+        check_stands_alone(text)
+        assert "CE increase against L0" not in text, "the increase is that of both SAEs of a run"
     text = write_report([folder], tmp_path / "report.html").read_text()
-    check_stands_alone(text)
     first, second = (f"{folder}/{name}::{AT}" for name in ("seed-0", "seed-1"))
     assert f"<td>{match_dictionaries(first, second).mean:.3f}</td>" in text
     assert "Of the same seed and size" not in text
@@ -248,6 +254,35 @@ def test_the_command_writes_the_page_with_itself_in_it(
     assert html.escape(ODD) in text
 
 
+def test_compare_takes_a_folder_of_runs_as_the_report_does(
+    work: Path, runs: tuple[Path, Path], tmp_path: Path, command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "runs"
+    for run, name in zip(runs, ("<b> ü", "e2e"), strict=True):
+        shutil.copytree(run, folder / name)
+    (folder / "begun").mkdir()
+    shutil.copy(runs[0] / "final_config.yaml", folder / "begun")
+    np.save(tmp_path / "plain.npy", np.eye(32))
+    assert command("compare", str(folder), str(tmp_path / "plain.npy"), "--json") == 0
+    captured = capsys.readouterr()
+    assert captured.err.strip().endswith(f"left out, having no weights yet: {folder / 'begun'}")
+    printed = json.loads(captured.out)
+    names = [one["name"] for one in printed["dictionaries"]]
+    assert (
+        names == ["<b> ü", "e2e", "plain"] == [entry.name for entry in read_entries([folder, tmp_path / "plain.npy"])]
+    )
+    assert printed["dictionaries"][0]["used"] == len(record_alive(runs[0])), "what the run recorded counts"
+    assert (
+        printed["pairs"][0]["total"] == compare_dictionaries(dict(zip("ab", runs, strict=True))).pairs[0].matching.total
+    )
+    assert command("report", str(folder), "--out", str(tmp_path / "page.html")) == 0
+    assert "left out, having no weights yet" in capsys.readouterr().err
+    for name in names[:2]:
+        shutil.rmtree(folder / name)
+    assert command("compare", str(folder)) == cli.EXIT_BAD_INPUT
+    assert f"{folder} holds runs, none of which has weights yet: begun" in capsys.readouterr().err
+
+
 def broken_history(runs: tuple[Path, Path], folder: Path) -> Path:
     for name in ("final_config.yaml", "samples_48.safetensors"):
         (folder / name).write_bytes((runs[0] / name).read_bytes())
@@ -261,6 +296,7 @@ def broken_history(runs: tuple[Path, Path], folder: Path) -> Path:
         (["nowhere"], "no such file or folder: nowhere"),
         (["RUN", "NAN"], "nan: the dictionary must be finite"),
         (["RUN", "EMPTY"], "must hold one file of weights, found []"),
+        (["EMPTY"], "must hold one file of weights, found []"),
         (["HISTORY"], "line 2, is no JSON"),
         (["RUN::blocks.9.hook_resid_pre"], "holds no SAE 'blocks.9.hook_resid_pre'"),
         (["RUN", "--name", "a", "--name", "b"], "a name for each of the 1 runs and dictionaries, got 2"),

@@ -12,6 +12,7 @@
 
 import csv
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +20,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from e2e_fast.compare.comparison import Comparison, compare_dictionaries, default_names
+from e2e_fast.compare.comparison import Comparison, compare_dictionaries
 from e2e_fast.compare.matching import Matching, Progress, match_dictionaries
 from e2e_fast.optional import require
 
@@ -76,10 +77,14 @@ def match(
 
 def compare(
     sources: Annotated[
-        list[str], typer.Argument(metavar="A B [C …]", help="Dictionaries: run or SAE folders, weights; path::name.")
+        list[str],
+        typer.Argument(
+            metavar="A B [C …]", help="Dictionaries: run or SAE folders, folders of runs, weights; path::name."
+        ),
     ],
     name: Annotated[
-        list[str] | None, typer.Option(help="A name for each, in their order; default: the shortest that differ.")
+        list[str] | None,
+        typer.Option(help="A name for each (of a folder's runs, each), in order; default: the shortest."),
     ] = None,
     which: Annotated[str, typer.Option(help="decoder, encoder, or both (joint similarity).")] = "decoder",
     encoders: Annotated[bool, typer.Option(help="Match the encoders too and count agreement (slower).")] = False,
@@ -90,10 +95,13 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and no progress.")] = False,
 ) -> None:
     """Compare several dictionaries: every two matched exactly, one to one, and each with itself."""
+    from e2e_fast.report.runs import named_dictionaries
+
     if pairs and out is None:
         raise ValueError("--pairs needs --out, a folder to write them into")
     options: dict[str, Any] = {"which": which, "encoders": encoders, "keep_dead": keep_dead, "threads": threads}
-    named = dict(zip(names_for(sources, name), sources, strict=True))
+    named = named_dictionaries(sources, name)
+    tell_without_weights(sources)
     comparison = (compare_dictionaries if as_json else compare_with_progress)(named, **options)
     written = [] if out is None else write_comparison(comparison, out, pairs=pairs)
     if as_json:
@@ -104,15 +112,12 @@ def compare(
             print(f"written {path}")
 
 
-def names_for(sources: Sequence[str], given: Sequence[str] | None) -> list[str]:
-    """The names given, one for each source and no two alike, or `default_names`. Raises ValueError."""
-    if not given:
-        return default_names(sources)
-    if len(given) != len(sources):
-        raise ValueError(f"--name must be given once for each of the {len(sources)} dictionaries, got {len(given)}")
-    if len(set(given)) < len(given):
-        raise ValueError(f"--name must differ from dictionary to dictionary, got {', '.join(given)}")
-    return list(given)
+def tell_without_weights(sources: Sequence[str]) -> None:
+    """Names on stderr the runs in folders of runs that are left out."""
+    from e2e_fast.report.runs import without_weights
+
+    for folder in without_weights(sources):
+        print(f"left out, having no weights yet: {folder}", file=sys.stderr)
 
 
 def write_comparison(comparison: Comparison, folder: Path, *, pairs: bool = False) -> list[Path]:

@@ -26,6 +26,7 @@ def report(
     from rich.console import Console
     from rich.markup import escape
 
+    from e2e_fast.compare.cli import tell_without_weights
     from e2e_fast.report import write_report
 
     with Console(stderr=True).status("reading", spinner="dots") as status:
@@ -38,4 +39,5 @@ def report(
             command=shlex.join(["e2e-fast", *sys.argv[1:]]),
             on_progress=lambda text: status.update(escape(text)),
         )
+    tell_without_weights(sources)
     print(f"written {path}")

@@ -23,8 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from e2e_fast.compare import Comparison, compare_dictionaries, match_dictionaries
-from e2e_fast.compare.comparison import Pair, Within, default_names
+from e2e_fast.compare import Comparison, compare_dictionaries, match_dictionaries, read_dictionary
+from e2e_fast.compare.comparison import Pair, Within
+from e2e_fast.formats import layouts
 from e2e_fast.report import markup, plots
 from e2e_fast.report.runs import (
     CE,
@@ -34,8 +35,8 @@ from e2e_fast.report.runs import (
     Missing,
     RunRecord,
     evaluated,
-    expanded,
     is_run,
+    named_dictionaries,
     read_record,
 )
 
@@ -109,6 +110,8 @@ def write_report(
         comparison = compare_dictionaries(
             {entry.name: entry.source for entry in entries}, threads=threads, on_progress=tell
         )
+    elif entries[0].record is None:
+        read_dictionary(entries[0].source)  # the page shows nothing of it, so nothing else would find it unreadable
     tell("drawing")
     text = render(entries, comparison, title=title, command=command, threads=threads)
     path = Path(path)
@@ -119,23 +122,15 @@ def write_report(
 
 def read_entries(sources: Sequence[str | Path], names: Sequence[str] | None = None) -> list[Entry]:
     """The dictionaries that the sources hold, each with its run's record; those of a run with several SAEs apart."""
-    paths = expanded(sources)
-    if not paths:
+    if not sources:
         raise ValueError("a report needs at least one run or dictionary, got none")
-    if names and len(names) != len(paths):
-        raise ValueError(f"there must be a name for each of the {len(paths)} runs and dictionaries, got {len(names)}")
-    if names and len(set(names)) < len(names):
-        raise ValueError(f"names must differ, got {', '.join(names)}")
     entries = []
-    for name, source in zip(names or default_names(paths), paths, strict=True):
+    for name, source in named_dictionaries(sources, names).items():
         if not is_run(source):
             entries.append(Entry(name, source))
             continue
-        record = read_record(source)
-        alone = len(record.positions) == 1
-        for position in record.positions:
-            place = source if alone else f"{source}::{position}"
-            entries.append(Entry(name if alone else f"{name} · {position}", place, record, position))
+        record, (_, chosen) = read_record(source), layouts.split_name(source)
+        entries.append(Entry(name, source, record, chosen.replace("-", ".") if chosen else record.positions[0]))
     return entries
 
 

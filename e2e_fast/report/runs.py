@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from e2e_fast import checkpoint
+from e2e_fast.compare.comparison import default_names
 from e2e_fast.config import Config, load_config
 from e2e_fast.formats import layouts
 from e2e_fast.log import JsonlLog
@@ -130,39 +131,76 @@ def is_run(source: str | Path) -> bool:
     return settings.is_file() and "loss" in layouts.load_yaml(settings)
 
 
+def named_dictionaries(sources: Sequence[str | Path], names: Sequence[str] | None = None) -> dict[str, str]:
+    """Name → source of every dictionary that the sources hold: `expanded`, and each SAE of a run with several.
+
+    names: one for each source, once folders of runs are replaced by the runs; None: the shortest that differ.
+    Raises ValueError for names that do not fit, and as `expanded`.
+    """
+    paths = expanded(sources)
+    if names and len(names) != len(paths):
+        raise ValueError(f"there must be a name for each of the {len(paths)} runs and dictionaries, got {len(names)}")
+    if names and len(set(names)) < len(names):
+        raise ValueError(f"names must differ, got {', '.join(names)}")
+    found = {}
+    for name, source in zip(names or default_names(paths), paths, strict=True):
+        path, chosen = layouts.split_name(source)
+        positions = _positions(layouts.file_in(path)) if chosen is None and is_run(source) else ()
+        several = {f"{name} · {position}": f"{source}::{position}" for position in positions}
+        found |= several if len(several) > 1 else {name: source}
+    return found
+
+
 def expanded(sources: Sequence[str | Path]) -> list[str]:
     """The sources, a folder of run folders (a sweep's, the demo's ``runs``) replaced by those, in order of their names.
 
-    Raises FileNotFoundError where nothing is.
+    Runs in a folder that have no weights yet are left out (`without_weights`). Raises FileNotFoundError where nothing
+    is, and ValueError where no run of a folder has weights.
     """
     found = []
     for source in sources:
         path, _ = layouts.split_name(source)
         if not path.exists():
             raise FileNotFoundError(f"no such file or folder: {path}")
-        inner = (
-            sorted(p for p in path.iterdir() if p.is_dir() and (p / checkpoint.CONFIG).is_file())
-            if path.is_dir()
-            else []
-        )
-        weights = path.is_dir() and any(p.suffix in layouts.SUFFIXES for p in path.iterdir())
-        found += map(str, inner) if inner and not weights else [str(source)]
+        inner = _runs_in(path)
+        whole = [run for run in inner if _holds_weights(run)]
+        if inner and not whole:
+            raise ValueError(
+                f"{path} holds runs, none of which has weights yet: {', '.join(run.name for run in inner)}"
+            )
+        found += map(str, whole) if inner else [str(source)]
     return found
 
 
-def read_record(source: str | Path) -> RunRecord:
-    """The record of a run folder or of one of its weight files; ``path::name`` takes one of its SAEs.
+def without_weights(sources: Sequence[str | Path]) -> list[str]:
+    """The run folders that `expanded` leaves out: begun or broken off before anything was saved."""
+    inside = [run for source in sources for run in _runs_in(layouts.split_name(source)[0])]
+    return [str(run) for run in inside if not _holds_weights(run)]
 
-    Raises ValueError (ConfigError, CheckpointError) for what is damaged, FileNotFoundError where nothing is.
+
+def _runs_in(path: Path) -> list[Path]:
+    """The run folders in a folder that is no run or dictionary itself."""
+    if not path.is_dir() or _holds_weights(path):
+        return []
+    return sorted(inner for inner in path.iterdir() if (inner / checkpoint.CONFIG).is_file())
+
+
+def _holds_weights(folder: Path) -> bool:
+    return any(file.suffix in layouts.SUFFIXES for file in folder.iterdir())
+
+
+def read_record(source: str | Path) -> RunRecord:
+    """The record of a run folder or of one of its weight files.
+
+    Raises ValueError (ConfigError, CheckpointError) for what is damaged and for ``path::name`` of an SAE that it does
+    not hold, FileNotFoundError where nothing is.
     """
     path, name = layouts.split_name(source)
     file = layouts.file_in(path)
     config = load_config(file.parent / checkpoint.CONFIG)
     positions = _positions(file) or config.saes.sae_positions
-    if name is not None:
-        if name.replace("-", ".") not in positions:
-            raise ValueError(f"{file} holds no SAE {name!r}, but {', '.join(positions)}")
-        positions = (name.replace("-", "."),)
+    if name is not None and name.replace("-", ".") not in positions:
+        raise ValueError(f"{file} holds no SAE {name!r}, but {', '.join(positions)}")
     history = _rows(file.parent / JsonlLog.NAME)
     record = RunRecord(file.parent, file, config, positions, history, checkpoint.read_summary(file.parent), Missing(""))
     return replace(record, evaluation=_recorded(record))

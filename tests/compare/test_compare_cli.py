@@ -57,8 +57,8 @@ def test_json_and_files_hold_the_functions_numbers(
     [
         (1, [], "at least two dictionaries, got 1"),
         (2, ["--pairs"], "--pairs needs --out"),
-        (2, ["--name", "a"], "--name must be given once for each of the 2 dictionaries, got 1"),
-        (2, ["--name", "a", "--name", "a"], "--name must differ"),
+        (2, ["--name", "a"], "there must be a name for each of the 2 runs and dictionaries, got 1"),
+        (2, ["--name", "a", "--name", "a"], "names must differ, got a, a"),
         (2, ["nowhere"], "no such file or folder: nowhere"),
         (2, ["--which", "encoder"], "a: which='encoder' needs encoder weights"),
         (2, ["NAN"], "broken: the dictionary must be finite, but has NaN or infinite entries in 1 rows: 3"),
