@@ -302,9 +302,9 @@ def _select_rows(
     share = SCREENED_SHARE["topk" if k else "relu"]
     selection = core.Selection(x.shape[0], k) if k else core.Positives(x.shape[0], limit)
     pays = x.shape[0] >= SCREENED_ROWS and x.shape[1] >= SCREENED_WIDTH and k * share <= w.shape[0]
-    if floor is None and pays:
+    if pays:
         for precision in filter(core.native_precision, SCREENING):
-            if selection.screen(x.numpy(), w.numpy(), array(b), precision, share, threads):
+            if selection.screen(x.numpy(), w.numpy(), array(b), precision, share, threads, array(floor)):
                 return selection
     for block in row_chunks(w.shape[0], 4 * x.shape[0]):
         z = linear(x, w[block], None if b is None else b[block])
