@@ -109,6 +109,8 @@ def gather(
 
     Takes the slots whose value is not <= 0, or with ``nonzero`` those whose value is not 0.
     """
+    if indices.dtype == torch.int64:  # in 32 bits a wrong one could look right
+        check_indices(indices, weight.shape[0])
     y = empty(values.shape[0], weight.shape[1])
     core.decode(
         array(values), array(indices, torch.int32), array(weight), normalize, array(bias), nonzero, y.numpy(),
