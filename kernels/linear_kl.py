@@ -52,7 +52,7 @@ def linear_kl(
         raise ValueError(f"softcap must be positive, got {softcap}")
     need_grad = student.requires_grad and torch.is_grad_enabled()
     bias = None if bias is None else bias.detach()
-    loss, _ = _linear_kl(student, teacher.detach(), weight.detach(), bias, softcap, need_grad)
+    loss, _ = _linear_kl(student, teacher.detach(), _frozen(weight), bias, softcap, need_grad)
     return loss.mean()
 
 
@@ -77,8 +77,13 @@ def linear_kl_shared(
         raise ValueError(f"softcap must be positive, got {softcap}")
     need_grad = students.requires_grad and torch.is_grad_enabled()
     bias = None if bias is None else bias.detach()
-    loss, _ = _linear_kl_shared(students, teacher.detach(), weight.detach(), bias, softcap, need_grad)
+    loss, _ = _linear_kl_shared(students, teacher.detach(), _frozen(weight), bias, softcap, need_grad)
     return loss.mean(1)
+
+
+def _frozen(weight: Tensor) -> Tensor:
+    """The weight as a constant: itself where it asks for no gradient, since a GPU keeps this tensor's padded copy."""
+    return weight.detach() if weight.requires_grad else weight
 
 
 @torch.library.custom_op("e2e_fast::linear_kl", mutates_args=(), device_types="cpu")
