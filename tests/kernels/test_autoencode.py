@@ -249,6 +249,7 @@ def test_float64_inputs_pass_gradcheck(route):
         (lambda a: [a[0], a[1][:, 1:], a[2], a[3], a[4]], "W_enc must be a matrix"),
         (lambda a: [a[0], a[1], a[2][1:], a[3], a[4]], "b_enc must have shape"),
         (lambda a: [a[0], a[1], a[2], a[3], a[4][1:]], "b_dec must have shape"),
+        (lambda a: [a[0], a[1], a[2], a[3].long(), a[4]], "W_dec must be floating point, got torch.int64"),
     ],
 )
 def test_bad_shapes_are_refused_by_name(change: Callable[..., Any], message):
