@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from e2e_fast.kernels._checks import check_bias, check_matrix
+from e2e_fast.kernels._checks import check_bias, check_devices, check_matrix
 from e2e_fast.kernels._native import unwatched
 from e2e_fast.kernels.autoencode_dense import autoencode_dense, sum_rows
 from e2e_fast.kernels.code_backward import Gradients, backward_on_cpu, code_backward, silent_gradients
@@ -82,6 +82,9 @@ def autoencode(
     check_bias("inverse_norms", inverse_norms, W_enc.shape[0])
     if W_dec.shape != W_enc.shape:
         raise ValueError(f"W_dec must have W_enc's shape {tuple(W_enc.shape)}, got {tuple(W_dec.shape)}")
+    check_matrix("W_dec", W_dec, expected="(F, D)")
+    others = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
+    check_devices("x", x, **others, threshold=threshold, inverse_norms=inverse_norms)
     check_activation(k, batch, threshold)
     if k is not None:
         check_k(k, W_enc.shape[0])

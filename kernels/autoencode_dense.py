@@ -94,7 +94,10 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 def _unit(W_dec: Tensor, block: slice, normalize: bool, inverse_norms: Tensor | None) -> Tensor:
     rows = W_dec[block]
-    return rows * _scale(rows, block, inverse_norms)[:, None].to(rows.dtype) if normalize else rows
+    if not normalize:
+        return rows
+    # Scaled before it is rounded: 1 / ‖row‖ of a short row is beyond float16.
+    return (rows * _scale(rows, block, inverse_norms)[:, None]).to(rows.dtype)
 
 
 def _scale(rows: Tensor, block: slice, inverse_norms: Tensor | None) -> Tensor:

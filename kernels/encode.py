@@ -47,7 +47,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from e2e_fast.kernels._buffers import empty
-from e2e_fast.kernels._checks import accumulator, check_bias, check_matrix
+from e2e_fast.kernels._checks import accumulator, check_bias, check_devices, check_matrix
 from e2e_fast.kernels._gemm import linear, row_chunks
 from e2e_fast.kernels._native import array, native
 from e2e_fast.kernels.reference import BANDWIDTH, check_k
@@ -126,6 +126,7 @@ def encode_jump_relu(
     """
     _check(x, weight, bias)
     check_threshold(threshold, bandwidth, weight.shape[0])
+    check_devices("x", x, threshold=threshold)
     return JumpCode(*_encode_jump_relu(x, weight, bias, threshold, bandwidth, slots_for(capacity)))
 
 
@@ -147,6 +148,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_matrix("x", x)
     check_matrix("weight", weight, x.shape[1], "(F, D)")
     check_bias("bias", bias, weight.shape[0])
+    check_devices("x", x, weight=weight, bias=bias)
 
 
 def topk_on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -135,6 +135,17 @@ def test_inverse_norms_that_are_known_are_used(route):
         torch.testing.assert_close(*results)
 
 
+def test_short_rows_of_a_float16_decoder_are_no_infinities_in_a_dense_step(route):
+    x, W_enc, b_enc, W_dec, b_dec = parameters(torch.float16)
+    W_dec[5], W_dec[6] = 0, 1e-6
+    exact = run(reference, (x, W_enc, b_enc, W_dec, b_dec), torch.float64)
+    ours = run(kernels, (x, W_enc, b_enc, W_dec, b_dec), torch.float16)
+    naive = run(reference, (x, W_enc, b_enc, W_dec, b_dec), torch.float32)
+    for what, a, n, e in zip(NAMES, ours, naive, exact, strict=False):
+        if what != "dW_dec":  # of rows so short it is beyond float16
+            assert_as_accurate(what, a, n.half(), e)
+
+
 def test_dense_and_sparse_steps_are_one_function(route):
     arguments = parameters(bias=-1.0)
     results = []
@@ -239,6 +250,7 @@ def test_float64_inputs_pass_gradcheck(route):
         (lambda a: [a[0], a[1][:, 1:], a[2], a[3], a[4]], "W_enc must be a matrix"),
         (lambda a: [a[0], a[1], a[2][1:], a[3], a[4]], "b_enc must have shape"),
         (lambda a: [a[0], a[1], a[2], a[3], a[4][1:]], "b_dec must have shape"),
+        (lambda a: [a[0], a[1], a[2], a[3].long(), a[4]], "W_dec must be floating point, got torch.int64"),
     ],
 )
 def test_bad_shapes_are_refused_by_name(change: Callable[..., Any], message):
