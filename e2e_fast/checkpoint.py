@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from e2e_fast.formats.layouts import SUMMARY, load_json
+from e2e_fast.formats.layouts import SUMMARY, load_json, load_yaml
 
 CONFIG = "final_config.yaml"
 WEIGHTS = re.compile(r"samples_(\d+)\.(?:safetensors|pt)")
@@ -122,7 +122,7 @@ def read_run(folder: Path, file: str | Path | None = None) -> tuple[dict[str, An
     if not config.is_file():
         raise FileNotFoundError(f"{folder} holds no {CONFIG}")
     weights = newest(folder)[1] if file is None else folder / file
-    return yaml.safe_load(config.read_text()) or {}, load_tensors(weights)
+    return load_yaml(config), load_tensors(weights)
 
 
 def write_config(folder: Path, settings: Mapping[str, Any]) -> Path:

@@ -63,7 +63,7 @@ class Quantized(NamedTuple):
 def row_norms(x: Tensor, threads: int | None = None) -> Tensor:
     """Euclidean norms of the rows of x (N, d), in float64."""
     if _core(x):
-        return torch.from_numpy(_C.row_norms(x.contiguous().numpy(), _threads(threads)))
+        return torch.from_numpy(_C.row_norms(x.contiguous().numpy(), thread_count(threads)))
     return torch.cat([block.double().norm(dim=1) for block in x.split(_rows_at_once(x.shape[1]))])
 
 
@@ -76,7 +76,7 @@ def quantize(x: Tensor, precision: str, norm: Tensor | None = None, threads: int
         raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
     norm = row_norms(x, threads) if norm is None else norm
     if _core(x):
-        data, scale, error = _C.quantize(x.contiguous().numpy(), norm.numpy(), precision, _threads(threads))
+        data, scale, error = _C.quantize(x.contiguous().numpy(), norm.numpy(), precision, thread_count(threads))
         stored = torch.from_numpy(data).view(_DTYPE[precision])
         return Quantized(stored, torch.from_numpy(scale), torch.from_numpy(error))
     blocks = [
@@ -147,7 +147,7 @@ def sweep(
         pairs, capped = _C.sweep(
             as_core(a), as_core(b), everything[: a.data.shape[0]], everything[: b.data.shape[0]], row_level.numpy(),
             None if col_level is None else col_level.numpy(), None if price is None else price.numpy(), None,
-            row_cap, absolute, block_rows, _threads(threads),
+            row_cap, absolute, block_rows, thread_count(threads),
         )  # fmt: skip
         return torch.from_numpy(pairs), torch.from_numpy(capped).bool()
     if _triton(a.data):
@@ -170,7 +170,7 @@ def row_levels(
     if not 1 <= rank <= sample.numel():
         raise ValueError(f"rank must lie in [1, {sample.numel()}] (the sample's size), got {rank}")
     if _core(a.data):
-        level = _C.row_levels(as_core(a), as_core(b), sample.numpy(), rank, absolute, _threads(threads))
+        level = _C.row_levels(as_core(a), as_core(b), sample.numpy(), rank, absolute, thread_count(threads))
         return torch.from_numpy(level)
     chosen = b.data[sample.long()].float() * b.scale[sample.long(), None]
     levels = []
@@ -201,7 +201,10 @@ def _triton(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def _threads(threads: int | None) -> int:
+def thread_count(threads: int | None) -> int:
+    """As many as asked for; None: as torch. Raises ValueError below 1."""
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
     return torch.get_num_threads() if threads is None else threads
 
 

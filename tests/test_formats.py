@@ -438,6 +438,23 @@ def test_a_top_k_saes_old_threshold_does_not_outlive_its_training(tmp_path: Path
 # ----------------------------------------------------------------------------------------------------------- refusals
 
 GATED = ("encoder.weight", "decoder.weight", "r_mag", "gate_bias", "mag_bias", "decoder_bias")
+
+
+def torn(folder: Path, name: str, content: str) -> Path:
+    """A folder of files one of which is no longer what it was."""
+    (folder / name).write_text(content)
+    return folder
+
+
+def jump_relu(folder: Path, threshold: bool = True, **saes: Any) -> Path:
+    """A run of ours, whose thresholds may be lacking, and whose settings may not say that it has some."""
+    run(folder, "blocks.1.hook_resid_pre", **saes)
+    extra = {"blocks-1-hook_resid_pre.log_threshold": random(F)} if threshold else {}
+    torch.save(torch.load(folder / "samples_400.pt") | extra, folder / "samples_400.pt")
+    return folder
+
+
+AT_1 = "blocks.1.hook_resid_pre"
 REFUSED: dict[str, tuple[Made, str]] = {
     "nothing": (lambda p: p / "nowhere", "no such file or folder"),
     "an empty folder": (lambda p: p, "no SAE of a known format: expected sae_weights.safetensors"),
@@ -463,6 +480,19 @@ REFUSED: dict[str, tuple[Made, str]] = {
     "sparsify skip": (lambda p: sparse_coder(p / "x", skip_connection=True), "skip_connection: true"),
     "groupmax": (lambda p: sparse_coder(p / "x", activation="groupmax"), "activation must be 'topk', got 'groupmax'"),
     "signed": (lambda p: sparse_coder(p / "x", signed=True), "got signed top-k"),
+    "a k that is no number": (lambda p: sparse_coder(p / "x", k="3"), r"k must lie in \[1, 20\] for topk, got '3'"),
+    "a k that is not whole": (lambda p: sparse_coder(p / "x", k=2.5), "k must be whole for topk, got 2.5"),
+    "a torn YAML": (lambda p: torn(run(p / "x", AT_1), "final_config.yaml", "{a: ["), "is no readable YAML: while"),
+    "a list for settings": (lambda p: torn(run(p / "x", AT_1), "final_config.yaml", "[1]"), "must hold a mapping"),
+    "a word for settings": (lambda p: torn(run(p / "x", AT_1), "final_config.yaml", "saes: x"), "saes must hold set"),
+    "a trainer in a word": (
+        lambda p: torn(dictionary(p / "x", top_k(), k=K), "config.json", '{"trainer": "x"}'), "trainer must hold sett"
+    ),
+    "metadata in a word": (lambda p: lens(p / "x", metadata="x"), "metadata must hold settings of its own, got 'x'"),
+    "no log_threshold": (
+        lambda p: jump_relu(p / "x", False, activation="jump_relu"), "jump_relu SAEs, and they alone, have .*log_thres"
+    ),
+    "a log_threshold of a relu": (lambda p: jump_relu(p / "x"), "log_threshold; by saes.activation .* is a relu SAE"),
 }  # fmt: skip
 
 

@@ -36,6 +36,7 @@ from e2e_fast.compare.matching import Matching, match_dictionaries
 from e2e_fast.compare.nearest import Nearest, nearest_others
 from e2e_fast.compare.statistics import mean_differences, null_best_mean
 from e2e_fast.formats import layouts
+from e2e_fast.kernels.neighbours import thread_count
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -179,7 +180,7 @@ def compare_dictionaries(
         raise ValueError(f"encoders=True compares the decoders' matching with the encoders': which is {which!r}")
     if unknown := set(alive or ()) - set(dictionaries):
         raise ValueError(f"alive names {sorted(unknown)}, which are none of the dictionaries {sorted(dictionaries)}")
-    tell = on_progress or (lambda text: None)
+    tell, threads = on_progress or (lambda text: None), thread_count(threads)
     rows: dict[str, Tensor] = {}
     encoder_rows: dict[str, Tensor | None] = {}
     masks: dict[str, np.ndarray] = {}

@@ -133,8 +133,8 @@ def _norms(x: Tensor, threads: int | None = None) -> np.ndarray:
 
 def _plain(x: Any) -> Tensor:
     try:
-        x = torch.as_tensor(x).detach()
-    except (TypeError, ValueError, RuntimeError) as error:
+        x = layouts.as_tensor(x)
+    except ValueError as error:
         raise ValueError(
             f"a dictionary must be a tensor or array (n, d), an SAE, or the path of a file, got a {type(x).__name__}"
         ) from error
@@ -166,10 +166,11 @@ def _from_tensors(tensors: dict[str, Any], name: str | None, source: str) -> tup
     found = layouts.decoders(tensors)
     encoders = layouts.encoders(tensors)
     if not found:  # no SAE: a named or the only matrix
-        plain = {name: tensors[name]} if name in tensors else tensors
+        plain = tensors if name is None else {key: matrix for key, matrix in tensors.items() if key == name}
         if len(plain) != 1:
-            raise ValueError(f"{source} must hold a decoder or a single matrix, found {sorted(tensors)}")
-        return torch.as_tensor(next(iter(plain.values()))), None
+            named = "" if name is None else f" named {name!r}"
+            raise ValueError(f"{source} must hold a decoder or a single matrix{named}, found {sorted(tensors)}")
+        return layouts.as_tensor(next(iter(plain.values()))), None
     if name is not None:
         wanted = name.replace("-", ".")
         found = {prefix: matrix for prefix, matrix in found.items() if prefix.replace("-", ".").rstrip(".") == wanted}

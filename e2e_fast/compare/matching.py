@@ -193,8 +193,6 @@ def match_dictionaries(
         raise ValueError(f"zero_rows must be 'drop' or 'keep', got {zero_rows!r}")
     if candidates < 1:
         raise ValueError(f"candidates must be at least 1, got {candidates}")
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be at least 1, got {threads}")
     sides = [read_dictionary(source, which=which, encoder_share=encoder_share) for source in (A, B)]
     for name, side in zip("AB", sides, strict=True):
         check_rows(side, name)

@@ -27,6 +27,16 @@ def random_matching(m: Matching, *, seed: int = 0, threads: int | None = None) -
     return match_dictionaries(A, B, threads=threads)
 
 
+def cosine_edges(bins: int, *samples: np.ndarray) -> list[float]:
+    """Edges of equal bins from 0 to 1, or as far as the samples go: equal rows' cosines exceed 1 by rounding.
+
+    >>> cosine_edges(2, np.array([0.3, 1.0000000000000002]))[::2]
+    [0.0, 1.0000000000000002]
+    """
+    ends = np.concatenate([[0.0, 1.0], *samples])
+    return np.linspace(ends.min(), ends.max(), bins + 1).tolist()
+
+
 def plot_matching(m: Matching, null: Matching | None = None) -> "Figure":
     """Histograms of the matched similarities, of each row's best with replacement, and of `null` (`random_matching`).
 
@@ -36,8 +46,7 @@ def plot_matching(m: Matching, null: Matching | None = None) -> "Figure":
     from matplotlib.figure import Figure
 
     row_best = m.row_best_similarity[~np.isnan(m.row_best_similarity)]
-    low = min(0.0, *(float(s.min()) for s in (m.similarity, row_best) if len(s)))
-    bins = np.linspace(low, 1.0, 81).tolist()
+    bins = cosine_edges(80, m.similarity, row_best, *([] if null is None else [null.similarity]))
     figure = Figure(figsize=(7.0, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()

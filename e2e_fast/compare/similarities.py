@@ -67,7 +67,7 @@ class Similarities:
         self.device = torch.device(device)
         self.shape = (A.shape[0], B.shape[0])
         self.absolute, self.block_rows = absolute, block_rows
-        self.threads = torch.get_num_threads() if threads is None else threads
+        self.threads = nb.thread_count(threads)
         self.precision = nb.fastest_precision(A.shape[1]) if precision == "auto" else precision
         self.A, self.B = A.contiguous(), B.contiguous()
         self.norms = norms or (nb.row_norms(self.A, self.threads), nb.row_norms(self.B, self.threads))

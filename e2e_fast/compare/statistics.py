@@ -23,14 +23,17 @@ def null_mean(n: int, m: int, d: int) -> float:
 
     The quantile of one random cosine at tail probability x / max(n, m), where x = 0.63 + (0.315 + 16 / d²)·ρ^2.25 and
     ρ = min / max of n and m: fitted to exact matchings of Gaussian dictionaries, and within 1 % of them for d ≥ 4 and
-    min(n, m) ≥ 100. NaN for d < 2 or an empty side.
+    min(n, m) ≥ 100. NaN for d < 2, an empty side, and where that probability exceeds 0.1, beyond which the fit is worth
+    nothing: fewer than about 11 features, 20 at d = 4, 50 at d = 2.
     """
     small, large = sorted((n, m))
     if d < 2 or small < 1:
         return float("nan")
     tail = (0.63 + (0.315 + 16 / d**2) * (small / large) ** 2.25) / large
+    if tail > 0.1:
+        return float("nan")
     phi, mass = _random_angle(d)
-    return float(np.cos(np.interp(min(tail, 1.0), mass, phi)))
+    return float(np.cos(np.interp(tail, mass, phi)))
 
 
 def null_best_mean(candidates: int, d: int) -> float:
@@ -94,6 +97,8 @@ def greedy_matching(A: Any, B: Any, *, candidates: int = 64, threads: int | None
     from e2e_fast.compare.dictionaries import check_rows, read_dictionary
     from e2e_fast.compare.similarities import Similarities
 
+    if candidates < 1:
+        raise ValueError(f"candidates must be at least 1, got {candidates}")
     a, b = read_dictionary(A), read_dictionary(B)
     for name, side in (("A", a), ("B", b)):
         check_rows(side, name)

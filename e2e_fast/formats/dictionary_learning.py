@@ -94,7 +94,7 @@ def read(path: Path) -> StoredSAE:
     file = path / WEIGHTS if path.is_dir() else path
     config = _config(file)
     tensors = checkpoint.load_tensors(file)
-    trainer: dict[str, Any] = config.get("trainer", {})
+    trainer = layouts.part(config, "trainer")
     name = trainer.get("dict_class") or _class_by_tensors(set(tensors), file)
     if name == "GatedAutoEncoder":
         raise ValueError(
@@ -111,7 +111,7 @@ def read(path: Path) -> StoredSAE:
     k = None
     if kind.activation in ("topk", "batch_topk"):
         k = int(tensors["k"]) if "k" in tensors else trainer.get("k")
-    ours = config.get(places.OUR_KEY, {})
+    ours = layouts.part(config, places.OUR_KEY)
     uses_threshold = kind.activation in ("batch_topk", "jump_relu")
     return StoredSAE(
         W_enc=W_enc,

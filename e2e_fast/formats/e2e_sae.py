@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from e2e_fast import checkpoint
@@ -44,6 +43,7 @@ from e2e_fast.positions import hyphenated
 NAME = "e2e_sae"
 SETTINGS = "final_config.yaml"
 _TENSORS = ("encoder.0.weight", "encoder.0.bias", "decoder.weight", "decoder.bias")
+_THRESHOLDS = {"jump_relu": "log_threshold", "batch_topk": "running_threshold"}
 _HUB_TENSORS = {"encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"}
 
 
@@ -70,7 +70,7 @@ def read(path: Path, name: str | None = None) -> StoredSAE:
         return _of_hub(file, state)
     settings: dict[str, Any] = {}
     if (file.parent / SETTINGS).is_file():
-        settings = yaml.safe_load((file.parent / SETTINGS).read_text()) or {}
+        settings = layouts.load_yaml(file.parent / SETTINGS)
     return _of_state(settings, state, name, str(path), file.name)
 
 
@@ -145,9 +145,15 @@ def _of_state(
     if lacking := [f"{stem}.{tensor}" for tensor in _TENSORS if f"{stem}.{tensor}" not in state]:
         raise ValueError(f"{source} lacks {', '.join(lacking)}")
     W_enc, b_enc, W_dec, b_dec = (state[f"{stem}.{tensor}"] for tensor in _TENSORS)
-    saes: dict[str, Any] = settings.get("saes") or {}
+    saes = layouts.part(settings, "saes")
     k = saes.get("k")
     activation = saes.get("activation") or ("relu" if k is None else "topk")
+    for kind, tensor in _THRESHOLDS.items():
+        if (kind == activation) != (f"{stem}.{tensor}" in state):
+            raise ValueError(
+                f"{source}: {kind} SAEs, and they alone, have {stem}.{tensor}; by saes.activation in {SETTINGS} this "
+                f"is a {activation} SAE"
+            )
     threshold = None
     if activation == "jump_relu":
         threshold = state[f"{stem}.log_threshold"].exp()
@@ -173,8 +179,8 @@ def _of_state(
 
 def _of_hub(file: Path, state: Mapping[str, Tensor]) -> StoredSAE:
     beside = file.with_suffix(".yaml")
-    settings: dict[str, Any] = yaml.safe_load(beside.read_text()) if beside.is_file() else {}
-    positions = (settings.get("saes") or {}).get("sae_positions")
+    settings = layouts.load_yaml(beside) if beside.is_file() else {}
+    positions = layouts.part(settings, "saes").get("sae_positions")
     position = positions[0] if isinstance(positions, list) and len(positions) == 1 else positions
     if not isinstance(position, str):
         raise ValueError(f"{beside} must name one SAE under saes.sae_positions, got {positions!r}")

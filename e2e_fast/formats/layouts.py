@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,12 +82,8 @@ def load(path: Path) -> dict[str, Any]:
 
 def _load(path: Path) -> dict[str, Any]:
     if path.suffix == ".npy":
-        import numpy as np
-
         return {"": np.load(path, allow_pickle=False)}
     if path.suffix == ".npz":
-        import numpy as np
-
         with np.load(path, allow_pickle=False) as arrays:
             return {key: arrays[key] for key in arrays.files}
     if path.suffix == ".safetensors":
@@ -97,6 +94,19 @@ def _load(path: Path) -> dict[str, Any]:
     while isinstance(content, dict) and (key := next((w for w in _WRAPPERS if isinstance(content.get(w), dict)), None)):
         content = content[key]
     return dict(content) if isinstance(content, dict) else {"": content}
+
+
+def as_tensor(x: Any) -> Tensor:
+    """A tensor or array as a tensor, sharing its memory where that can be: any strides and byte order, read-only too.
+
+    Raises ValueError for what holds no numbers.
+    """
+    try:
+        if isinstance(x, np.ndarray):
+            x = np.require(x, x.dtype.newbyteorder("="), ["C", "W"])
+        return torch.as_tensor(x).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"expected a tensor or an array of numbers, got {type(x).__name__}: {error}") from error
 
 
 def names(path: Path) -> set[str]:
@@ -131,6 +141,27 @@ def load_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def load_yaml(path: Path) -> dict[str, Any]:
+    """The mapping of a YAML file, empty for an empty file. Raises ValueError when it holds something else."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no readable YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a mapping of keys to values, got {type(content).__name__}")
+    return content
+
+
+def part(settings: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The settings under a key, {} where there are none. Raises ValueError when something else is there."""
+    content = settings.get(key) or {}
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{key} must hold settings of its own, got {content!r}")
+    return dict(content)
+
+
 def decoders(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
     """Decoders [n, d] by what precedes ``W_dec``, ``decoder.weight`` … in their name (usually nothing)."""
     return _find(tensors, _DECODERS)
@@ -148,7 +179,7 @@ def _find(tensors: Mapping[str, Any], endings: tuple[tuple[str, bool], ...]) -> 
             prefix = key.removesuffix(ending)
             if key.endswith(ending) and (not prefix or prefix.endswith(".")) and prefix not in found:
                 if getattr(value, "ndim", 0) == 2:
-                    matrix = torch.as_tensor(value)
+                    matrix = as_tensor(value)
                     found[prefix] = matrix.T if transposed else matrix
                 break
     return found

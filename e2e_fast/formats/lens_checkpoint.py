@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from e2e_fast import checkpoint
+from e2e_fast.formats import layouts
 
 SETTINGS = "final_config.yaml"
 
@@ -30,7 +30,7 @@ def read(path: Path) -> tuple[Any, str | None]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no language model {path}")
     beside = path.parent / SETTINGS
-    settings = (yaml.safe_load(beside.read_text()) if beside.is_file() else None) or {}
+    settings = layouts.load_yaml(beside) if beside.is_file() else {}
     if "tlens_config" not in settings:
         raise ValueError(f"{path} is a weight file: {beside} must say under tlens_config what model it is of")
     try:

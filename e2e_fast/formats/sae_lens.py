@@ -88,7 +88,7 @@ def read(path: Path) -> StoredSAE:
         lacking.append(threshold_name)
     if lacking:
         raise ValueError(f"{folder / WEIGHTS} lacks {', '.join(lacking)}, which {architecture} SAEs have")
-    about = cfg.get("metadata") or cfg
+    about = layouts.part(cfg, "metadata") or cfg
     scale, refusal = _normalisation(cfg, tensors, folder)
     return StoredSAE(
         W_enc=tensors.pop("W_enc").T,
@@ -146,13 +146,14 @@ def adapt(sae: StoredSAE, like: StoredSAE | None = None) -> StoredSAE:
         "apply_b_dec_to_input": subtract,
         "normalize_activations": "none",
     }
+    k = None if plain.k is None else int(plain.k)
     is_old_topk = activation == "topk" and "metadata" not in cfg
     if not is_old_topk or cfg.get("architecture", "standard") not in ("standard", "topk"):
         cfg["architecture"] = _WRITTEN[activation]
     if is_old_topk:
-        cfg |= {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": _whole(plain.k)}}
+        cfg |= {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": k}}
     elif activation == "topk":
-        cfg |= {"k": _whole(plain.k), "rescale_acts_by_decoder_norm": False}
+        cfg |= {"k": k, "rescale_acts_by_decoder_norm": False}
     else:
         for key in ("k", "rescale_acts_by_decoder_norm", "topk_threshold_lr"):
             cfg.pop(key, None)
@@ -177,7 +178,7 @@ def _architecture(cfg: dict[str, Any], folder: Path) -> tuple[str, float | None]
     function = cfg.get("activation_fn_str") or cfg.get("activation_fn") or "relu"
     k = cfg.get("k")
     if architecture in ("standard", "topk") and function == "topk":
-        architecture, k = "topk", (cfg.get("activation_fn_kwargs") or {}).get("k", k)
+        architecture, k = "topk", layouts.part(cfg, "activation_fn_kwargs").get("k", k)
     elif function not in ("relu", "topk"):
         raise ValueError(f"{folder / SETTINGS}: activation_fn must be relu or topk, got {function!r}")
     if architecture == "gated":
@@ -226,7 +227,7 @@ def _position(about: dict[str, Any]) -> str | None:
 def _processing(about: dict[str, Any]) -> str | None:
     if "model_from_pretrained_kwargs" not in about:
         return None
-    centred = (about["model_from_pretrained_kwargs"] or {}).get("center_writing_weights", False)
+    centred = layouts.part(about, "model_from_pretrained_kwargs").get("center_writing_weights", False)
     return "transformer_lens" if centred else "none"
 
 
@@ -241,10 +242,3 @@ def _placed(cfg: dict[str, Any], sae: StoredSAE) -> dict[str, Any]:
         centred = {"center_writing_weights": sae.lm_processing == "transformer_lens"}
         about["model_from_pretrained_kwargs"] = (about.get("model_from_pretrained_kwargs") or {}) | centred
     return cfg | {"metadata": about} if "metadata" in cfg else about
-
-
-def _whole(k: float | None) -> int:
-    assert k is not None
-    if k != int(k):
-        raise ValueError(f"k must be whole for top-k, got {k}")
-    return int(k)

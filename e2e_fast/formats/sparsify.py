@@ -57,7 +57,7 @@ def read(path: Path) -> StoredSAE:
     for above in (folder.parent, folder.parent.parent):  # seeds lie one folder deeper
         if not run and (above / "config.json").is_file():
             run = layouts.load_json(above / "config.json")
-    ours = cfg.get(places.OUR_KEY, {})
+    ours = layouts.part(cfg, places.OUR_KEY)
     model = ours.get("model") or run.get("model")
     module = folder.parent.name if folder.name.startswith("seed") else folder.name
     return StoredSAE(

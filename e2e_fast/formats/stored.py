@@ -95,8 +95,10 @@ class StoredSAE:
         if self.b_enc.shape != (F,) or self.b_dec.shape != (D,):
             shapes = f"{list(self.b_enc.shape)} and {list(self.b_dec.shape)}"
             raise ValueError(f"b_enc and b_dec must be [{F}] and [{D}], got {shapes}")
-        if self.activation in ("topk", "batch_topk") and not (self.k is not None and 0 < self.k <= F):
-            raise ValueError(f"k must lie in [1, {F}] for {self.activation}, got {self.k}")
+        if self.activation in ("topk", "batch_topk") and not (isinstance(self.k, int | float) and 0 < self.k <= F):
+            raise ValueError(f"k must lie in [1, {F}] for {self.activation}, got {self.k!r}")
+        if self.activation == "topk" and self.k != int(self.k or 0):
+            raise ValueError(f"k must be whole for topk, got {self.k}")
         if self.activation == "jump_relu" and self.threshold is None:
             raise ValueError("threshold must be given for jump_relu, got None")
         if self.threshold is not None and self.threshold.shape not in ((), (F,)):

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from e2e_fast.compare.plot import cosine_edges
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -111,9 +113,9 @@ def draw_similarities(
     colour: str = "#4c72b0",
 ) -> None:
     """Histogram of cosines as shares; outlined the same of random dictionaries, or dashed its mean alone."""
-    bins = np.linspace(min(0.0, float(similarity.min())), 1.0, 51).tolist()
+    bins = cosine_edges(50, similarity, *([] if random is None else [random]))
     axes.hist(similarity, bins=bins, weights=_shares(similarity), histtype="stepfilled", color=colour, alpha=0.85)
-    if random is not None and len(random):
+    if random is not None:
         axes.hist(random, bins=bins, weights=_shares(random), histtype="step", color=_INK, linewidth=1.2)
     if random_mean is not None:
         axes.axvline(random_mean, color=_INK, linestyle="--", linewidth=1.2)

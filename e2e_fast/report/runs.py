@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from torch import Tensor
 
 from e2e_fast import checkpoint
@@ -128,7 +127,7 @@ def is_run(source: str | Path) -> bool:
     path, _ = layouts.split_name(source)
     settings = (path if path.is_dir() else path.parent) / checkpoint.CONFIG
     # A converted SAE may come with a file of that name that says where it sits and nothing of a training.
-    return settings.is_file() and "loss" in (yaml.safe_load(settings.read_text()) or {})
+    return settings.is_file() and "loss" in layouts.load_yaml(settings)
 
 
 def expanded(sources: Sequence[str | Path]) -> list[str]:

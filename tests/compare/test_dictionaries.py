@@ -1,5 +1,6 @@
 """Every library's file gives the same features as rows."""
 
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -77,6 +78,31 @@ def test_objects_tensors_and_arrays():
         read_dictionary(SimpleNamespace(saes={"a": sae, "b": sae}))
     assert read_dictionary(DEC.bfloat16()).dtype == torch.float32
     assert read_dictionary(DEC.double().numpy()).dtype == torch.float64
+
+
+def test_arrays_that_torch_does_not_take_as_they_lie_are_read_all_the_same(tmp_path: Path):
+    swapped = DEC.numpy().astype(">f4")
+    np.savez(tmp_path / "swapped.npz", W_dec=swapped, W_enc=T_ENC.numpy().astype(">f4"))
+    np.save(tmp_path / "swapped.npy", swapped)
+    np.save(tmp_path / "plain.npy", DEC.numpy())
+    mapped = np.load(tmp_path / "plain.npy", mmap_mode="r")
+    backwards = np.ascontiguousarray(DEC.numpy()[::-1, ::-1])[::-1, ::-1]
+    sources = [swapped, mapped, backwards, tmp_path / "swapped.npz", tmp_path / "swapped.npy"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for source in sources:
+            assert torch.equal(read_dictionary(source), DEC)
+        assert torch.equal(read_dictionary(tmp_path / "swapped.npz", which="encoder"), ENC)
+
+
+def test_files_of_no_numbers_or_of_another_name_are_refused(tmp_path: Path):
+    np.save(tmp_path / "words.npy", np.array([["a", "b"]]))
+    with pytest.raises(ValueError, match="expected a tensor or an array of numbers, got ndarray"):
+        read_dictionary(tmp_path / "words.npy")
+    np.savez(tmp_path / "one.npz", first=DEC.numpy())
+    assert torch.equal(read_dictionary(f"{tmp_path}/one.npz::first"), DEC)
+    with pytest.raises(ValueError, match=r"must hold a decoder or a single matrix named 'second', found \['first'\]"):
+        read_dictionary(f"{tmp_path}/one.npz::second")
 
 
 def test_joint_rows_multiply_to_the_weighted_cosine_and_half_zero_features_are_zero():

@@ -8,10 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
+from matplotlib.figure import Figure
+from matplotlib.patches import Polygon
 from typer.testing import CliRunner
 
 from e2e_fast.compare import match_dictionaries
 from e2e_fast.compare.cli import match
+from e2e_fast.compare.plot import plot_matching
+from e2e_fast.report.plots import draw_similarities
 
 sys.path.insert(0, str(Path(__file__).parent))
 import families
@@ -63,6 +67,26 @@ def test_picture_is_drawn(files: tuple[str, str], tmp_path: Path):
     result = CliRunner().invoke(app, [*files, "--plot", str(tmp_path / "plot.png")])
     assert result.exit_code == 0, result.output
     assert (tmp_path / "plot.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_no_pair_is_missing_from_the_pictures():
+    """A row's cosine with its copy may exceed 1 by rounding, and random directions' may lie below all others."""
+    rows = np.random.default_rng(0).standard_normal((200, 20))
+    m, null = match_dictionaries(rows, rows), match_dictionaries(*families.negative(40, 40, 3))
+    assert m.similarity.max() > 1
+    assert null.similarity.max() < 0
+    drawn = plot_matching(m, null).axes[0]
+    filled = sum(bar.get_height() for bar in drawn.containers[0])
+    assert filled == 200
+    outlined = [shape for shape in drawn.patches if isinstance(shape, Polygon)]
+    assert min(shape.get_xy()[:, 0].min() for shape in outlined) == pytest.approx(null.similarity.min())
+    axes = Figure().add_subplot()
+    draw_similarities(axes, m.similarity, "pairs", random=null.similarity)
+    for shape in axes.patches:
+        assert isinstance(shape, Polygon)
+        edges, heights = shape.get_xy().T
+        steps = np.diff(edges) > 0
+        assert heights[1:][steps].sum() == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(
