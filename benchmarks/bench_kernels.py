@@ -69,6 +69,45 @@ def fused_relu(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
     return step(x_hat, code.values, x, list(parameters))
 
 
+BANDWIDTH = 0.02
+
+
+class DenseJump(torch.autograd.Function):
+    """z [z > θ] and [z > θ], with the rectangle's straight-through gradients, as the JumpReLU paper writes them."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+        active = (z > threshold).to(z.dtype)
+        ctx.save_for_backward(z, threshold, active)
+        return z * active, active
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        z, threshold, active = ctx.saved_tensors
+        dc, dactive = gradients
+        rectangle = ((z - threshold).abs() < BANDWIDTH / 2).to(z.dtype)
+        return dc * active, (rectangle * (threshold * dc + dactive)).sum(0) / -BANDWIDTH
+
+
+def jump_gradients(x_hat: Tensor, l0: Tensor, x: Tensor, parameters: list[Tensor]) -> tuple[Tensor, ...]:
+    """All gradients of MSE plus a little L0."""
+    return torch.autograd.grad((x_hat - x).square().mean() + 1e-3 * l0.mean(), parameters)
+
+
+def dense_jump(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+    W_enc, b_enc, W_dec, b_dec, threshold = parameters
+    code, active = DenseJump.apply(nnf.linear(x, W_enc, b_enc), threshold)  # type: ignore[misc]
+    x_hat = code @ nnf.normalize(W_dec, dim=-1) + b_dec
+    return jump_gradients(x_hat, active.sum(-1), x, list(parameters))
+
+
+def fused_jump(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+    *weights, threshold = parameters
+    x_hat, code = kernels.autoencode(x, *weights, threshold=threshold, bandwidth=BANDWIDTH)
+    assert isinstance(code, kernels.JumpCode)
+    return jump_gradients(x_hat, code.l0, x, list(parameters))
+
+
 def assert_same(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], tolerance: float = 1e-5) -> None:
     for a, b in zip(ours, theirs, strict=True):
         error, size = (float(t.detach().norm()) for t in (a - b, b))
@@ -86,23 +125,46 @@ def test_topk_step(duel: Callable[..., Any], autoencoder: list[Tensor], baseline
     )
 
 
-def test_relu_step(duel: Callable[..., Any], autoencoder: list[Tensor]) -> None:
-    l0 = 50
-    x, W_enc, b_enc, W_dec, b_dec = autoencoder
+def score_of(l0: int, x: Tensor, W_enc: Tensor) -> Tensor:
+    """The score that ``l0`` features of a token exceed."""
     with torch.no_grad():
         sample = nnf.linear(x[:32], W_enc).flatten()
-        threshold = sample.kthvalue(sample.numel() - 32 * l0).values
-        shifted = (b_enc - threshold).requires_grad_()
+        return sample.kthvalue(sample.numel() - 32 * l0).values
+
+
+L0 = 50
+# Of 47 million scores a few lie within rounding of their threshold and may fall on either side; each moves the
+# encoder's gradients by one part in √(active entries), and a threshold's by one in √(entries of the band).
+CROSSING = 1e-5 + 4 / (N * L0) ** 0.5
+
+
+def test_relu_step(duel: Callable[..., Any], autoencoder: list[Tensor]) -> None:
+    x, W_enc, b_enc, W_dec, b_dec = autoencoder
+    shifted = (b_enc.detach() - score_of(L0, x, W_enc)).requires_grad_()
     arguments = (x, W_enc, shifted, W_dec, b_dec)
     _, code = kernels.autoencode(*arguments)
-    assert 0.8 * l0 < float(code.count.float().mean()) < 1.2 * l0
-    # Of 47 million scores a few lie within rounding of 0 and may fall on either side; each moves the encoder's
-    # gradients by one part in √(active entries).
-    assert_same(fused_relu(*arguments), dense_relu(*arguments), 1e-5 + 4 / (N * l0) ** 0.5)
+    assert 0.8 * L0 < float(code.count.float().mean()) < 1.2 * L0
+    assert_same(fused_relu(*arguments), dense_relu(*arguments), CROSSING)
     duel(
-        f"ReLU step at L0 {l0}, against dense torch",
+        f"ReLU step at L0 {L0}, against dense torch",
         lambda: fused_relu(*arguments),
         lambda: dense_relu(*arguments),
+        rounds=ROUNDS,
+    )
+
+
+def test_jump_relu_step(duel: Callable[..., Any], autoencoder: list[Tensor]) -> None:
+    x, W_enc, *rest = autoencoder
+    threshold = torch.full((F,), float(score_of(L0, x, W_enc)), requires_grad=True)
+    arguments = (x, W_enc, *rest, threshold)
+    ours, theirs = fused_jump(*arguments), dense_jump(*arguments)
+    assert_same(ours[:-1], theirs[:-1], CROSSING)
+    band = kernels.encode_jump_relu(x, W_enc, rest[0], threshold, BANDWIDTH).band
+    assert_same(ours[-1:], theirs[-1:], 4 / float(band.sum()) ** 0.5)
+    duel(
+        f"JumpReLU step at L0 {L0}, against dense torch",
+        lambda: fused_jump(*arguments),
+        lambda: dense_jump(*arguments),
         rounds=ROUNDS,
     )
 

@@ -280,17 +280,18 @@ static void bind_scores(py::class_<Scores> scores) {
       .def(
           "screen",
           [](Scores& self, Array<float> x, Array<float> weight, MaybeArray<float> bias, const std::string& precision,
-             int64_t share, int threads) {
+             int64_t share, int threads, MaybeArray<float> floor) {
             expect(x.ndim() == 2 && weight.ndim() == 2 && x.shape(0) == self.rows() && x.shape(1) == weight.shape(1) &&
-                       (!bias || bias->size() == weight.shape(0)),
-                   "x must be (N, D), weight (F, D) and bias (F,)");
-            const Scoring job{x.data(), weight.data(), in(bias), weight.shape(0), weight.shape(1)};
+                       (!bias || bias->size() == weight.shape(0)) && (!floor || floor->size() == weight.shape(0)),
+                   "x must be (N, D), weight (F, D), bias and floor (F,)");
+            expect(!floor || std::is_same_v<Scores, Positives>, "a Selection has no floor");
+            const Scoring job{x.data(), weight.data(), in(bias), weight.shape(0), weight.shape(1), in(floor)};
             const Precision p = precision_from_name(precision);
             const py::gil_scoped_release release;
             return self.screen(job, p, share, threads);
           },
           py::arg("x").noconvert(), py::arg("weight").noconvert(), py::arg("bias").noconvert(), py::arg("precision"),
-          py::arg("share"), py::arg("threads"))
+          py::arg("share"), py::arg("threads"), py::arg("floor").noconvert() = py::none())
       .def(
           "finish",
           [](Scores& self, Array<float> values, Array<int32_t> indices, Array<int32_t> count, int threads) {

@@ -7,7 +7,7 @@ constexpr float kRound = 12582912.f;  // 1.5 · 2^23: adding it rounds to an int
 /// least (2^-28; our fit), times 2^n.
 E2E_INLINE Lanes exp(Lanes x) {
   constexpr float kSmallest = -87.33654f;  // below: 0 instead of a subnormal
-  const Lanes shifted = x * 1.44269504f + kRound, n = shifted - kRound;
+  const Lanes shifted = x * kLog2E + kRound, n = shifted - kRound;
   Lanes r = x - n * 0.693359375f;  // ln 2 in two parts; the first product is exact
   r = r + n * 2.12194440e-4f;
   Lanes p = fill(0.001381454f);

@@ -33,8 +33,8 @@ struct ColumnSide {
 };
 
 // ReLU's test compares the stored rows' product with a limit, everything in units of both scales:
-//   xq·wq > - by_norm ‖w‖ - by_error ‖w - wq‖ - (bias + slack)
-// Each column brings its norm, its error and -(bias + slack); a tile of rows the greatest of their factors, for all of
+//   xq·wq > - by_norm ‖w‖ - by_error ‖w - wq‖ - (bias - floor + slack)
+// Each column brings its norm, its error and -(bias - floor + slack); a tile of rows the greatest of their factors, for all of
 // them, and what a row's own unit makes of the bias.
 struct ColumnLimit {
   alignas(64) float norm[kTileCols], error[kTileCols], bias[kTileCols];
@@ -162,16 +162,17 @@ class Packed {
       }
       const RoundedRow row = pack_row(job_.weight + j * job_.depth, stored, scratch, flip, kTileCols, c, panel);
       const float bias = job_.bias ? job_.bias[j] : 0;
-      if (!std::isfinite(bias)) finite_ = false;
+      const float floor = job_.floor ? job_.floor[j] : 0;
+      if (!std::isfinite(bias) || !std::isfinite(floor)) finite_ = false;
       side.scale[c] = row.scale;
       side.norm[c] = row.norm;
       side.error[c] = row.error;
       side.bias[c] = bias;
-      side.slack[c] = std::fabs(bias) * 0x1p-21f;
+      side.slack[c] = (std::fabs(bias) + floor) * 0x1p-21f;
       const float inverse = inverse_of(row.scale);
       limit.norm[c] = row.norm * inverse;
       limit.error[c] = row.error * inverse;
-      limit.bias[c] = -(bias + side.slack[c]) * inverse;
+      limit.bias[c] = -(bias - floor + side.slack[c]) * inverse;
     }
   }
 
@@ -343,8 +344,10 @@ void Positives::screen_block(Block& block, const Packed& packed, const Scoring& 
       room = wider;
     }
     const int64_t count = packed.screen_positive(block.first, block.rows, p, hits.data()), first = p * kTileCols;
-    E2E_DISPATCH(score_hits, x, job.weight + first * job.depth, job.bias ? job.bias + first : nullptr, job.depth,
-                 hits.data(), count, static_cast<int32_t>(first), lists.get(), room, static_cast<int32_t>(limit), active);
+    const Scoring columns{x, job.weight + first * job.depth, job.bias ? job.bias + first : nullptr, kTileCols, job.depth,
+                          job.floor ? job.floor + first : nullptr};
+    E2E_DISPATCH(score_hits, columns, hits.data(), count, static_cast<int32_t>(first), lists.get(), room,
+                 static_cast<int32_t>(limit), active);
   }
   for (int64_t r = 0; r < block.rows; ++r) {
     const Found* const row = lists.get() + r * room;

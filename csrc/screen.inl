@@ -94,17 +94,18 @@ static int64_t positive_hits(const PanelProduct& product, int64_t height, const 
   return out - hits;
 }
 
-/// z = x[row] · w[column] + bias[column] of each hit; where z > 0 or NaN it becomes the row's next in `lists` (`room` a row,
-/// those beyond `limit` written over each other), and `active[row]` counts it. w and bias begin with feature `first`.
-static void score_hits(const float* x, const float* w, const float* bias, int64_t depth, const int32_t* hits, int64_t count,
-                       int32_t first, Found* lists, int64_t room, int32_t limit, int32_t* active) {
+/// The score of each hit; where it exceeds its floor or is NaN it becomes the row's next in `lists` (`room` a row, those
+/// beyond `limit` written over each other), and `active[row]` counts it. job's columns begin with feature `first`.
+static void score_hits(const Scoring& job, const int32_t* hits, int64_t count, int32_t first, Found* lists, int64_t room,
+                       int32_t limit, int32_t* active) {
+  const int64_t depth = job.depth;
   const auto each = [&](const auto& product) __attribute__((always_inline)) {
     for (int64_t i = 0; i < count; ++i) {
       const uint32_t row = static_cast<uint32_t>(hits[i]) / kHitRow, column = static_cast<uint32_t>(hits[i]) % kHitRow;
-      const float z = product(x + row * depth, w + column * depth) + (bias ? bias[column] : 0);
+      const float z = product(job.x + row * depth, job.weight + column * depth) + (job.bias ? job.bias[column] : 0);
       const int32_t place = active[row] < limit ? active[row] : limit;
       lists[row * room + place] = {z, first + static_cast<int32_t>(column)};
-      active[row] += !(z <= 0);
+      active[row] += !(z <= (job.floor ? job.floor[column] : 0));
     }
   };
   by_width(

@@ -9,10 +9,12 @@
 
 namespace e2e {
 
-/// What an encoder scores: x (rows, depth), weight (features, depth), bias (features) or null.
+/// What an encoder scores: x (rows, depth), weight (features, depth), bias (features) or null. `floor` (features): what a
+/// feature's score must exceed, >= 0, for Positives alone; null: 0.
 struct Scoring {
   const float *x, *weight, *bias;
   int64_t features, depth;
+  const float* floor = nullptr;
 };
 
 /// A positive score and its feature.
@@ -84,7 +86,7 @@ class Positives {
   /// As Selection's.
   void add(const float* scores, int64_t columns, int64_t first, int threads);
 
-  /// As Selection's; a candidate is what an upper bound above 0 has, and its float32 score is taken on the spot.
+  /// As Selection's; a candidate is what an upper bound above its floor has, and its float32 score is taken on the spot.
   bool screen(const Scoring& job, Precision precision, int64_t share, int threads);
 
   int64_t rows() const { return static_cast<int64_t>(active_.size()); }

@@ -65,9 +65,10 @@ struct Int8Step {
   }
 };
 
-/// `acc` (8, 3) becomes the products of the panels, in vectors of 16 columns.
 template <class Step>
 using Sums = typename Step::Acc[kTileRows][kVectors];
+
+/// Declares `acc`, the products of the panels, in vectors of 16 columns.
 #define E2E_MULTIPLY(STEP, acc)                                                                                      \
   Sums<STEP> acc;                                                                                                    \
   _Pragma("GCC unroll 8") for (int r = 0; r < kTileRows; ++r)                                                        \
@@ -80,6 +81,7 @@ using Sums = typename Step::Acc[kTileRows][kVectors];
       acc[r][2] = STEP::step(acc[r][2], a + r, b2);                                                                  \
     }                                                                                                                \
   }
+
 #define E2E_TILE(NAME, STEP, TARGET)                                                                                 \
   __attribute__((target(TARGET))) void NAME(const uint32_t* a, const uint32_t* b, int64_t words,                     \
                                             const int32_t* offset, __m512 (&out)[kTileRows][kVectors]) {             \

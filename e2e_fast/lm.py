@@ -446,7 +446,7 @@ class Unembedding(nn.Module):
             return lowered(self.weight)[0]
         key = self.weight._version, self.weight.device, dtype
         if self._reduced is None or self._reduced[0] != key:
-            self._reduced = key, self.weight.to(dtype)
+            self._reduced = key, self.weight.detach().to(dtype)
         return self._reduced[1]
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -25,6 +25,13 @@ def check_bias(name: str, bias: Tensor | None, size: int) -> None:
         raise ValueError(f"{name} must be floating point, got {bias.dtype}")
 
 
+def check_devices(name: str, like: Tensor, **others: Tensor | None) -> None:
+    """Raises ValueError unless all tensors are where ``like`` is: some devices would answer with what memory held."""
+    for other, tensor in others.items():
+        if tensor is not None and tensor.device != like.device:
+            raise ValueError(f"{other} must be on {name}'s device {like.device}, got {tensor.device}")
+
+
 def check_code(values: Tensor, indices: Tensor) -> None:
     """Raises ValueError unless values and indices are matrices of one shape, floating and int32 or int64."""
     if values.dim() != 2 or values.shape != indices.shape:

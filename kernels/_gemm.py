@@ -28,6 +28,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         and (weight.is_contiguous() or weight.t().is_contiguous())
         and _onednn()
     ):
+        bias = None if bias is None else bias.contiguous()  # its strides are not looked at
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return nnf.linear(x, weight, bias)
 

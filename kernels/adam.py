@@ -27,7 +27,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from e2e_fast.kernels._checks import accumulator
+from e2e_fast.kernels._checks import accumulator, check_devices
 from e2e_fast.kernels.decode import row_inverse_norms
 
 
@@ -62,11 +62,12 @@ def adam_step(
     for name, tensor in (("step", step), ("lr", lr), ("clip", clip)):
         if tensor is not None and tensor.numel() != 1:
             raise ValueError(f"{name} must be one number, got shape {tuple(tensor.shape)}")
-        if tensor is not None and tensor.device != param.device:
-            raise ValueError(f"{name} must be on param's device {param.device}, got {tensor.device}")
     rows = param.numel() // max(1, param.shape[-1]) if param.dim() else 1
     if inverse_norms is not None and inverse_norms.shape != (rows,):
         raise ValueError(f"inverse_norms must have shape ({rows},), got {tuple(inverse_norms.shape)}")
+    moments = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    others = {"step": step, "lr": lr, "clip": clip, "inverse_norms": inverse_norms, "shadow": shadow}
+    check_devices("param", param, grad=grad, **moments, **others)
     _adam_step(
         param, grad, exp_avg, exp_avg_sq, step, lr, *betas, eps, weight_decay, clip, inverse_norms, shadow
     )  # fmt: skip

@@ -5,7 +5,7 @@
 The activation is ReLU, TopK, BatchTopK or JumpReLU (`e2e_fast.kernels.encode`). The forward pass is an encoder and
 `decode`; the backward pass is one sweep over the transposed code (`e2e_fast.kernels.code_backward`, where its schema
 stands). ReLU and JumpReLU codes run dense while most features are active and sparse once few are; the function is the
-same (`e2e_fast.kernels.density`).
+same (`e2e_fast.kernels.density`, `e2e_fast.kernels.autoencode_dense`).
 
 Operators:
 ``e2e_fast::autoencode(x, W_enc, b_enc?, W_dec, b_dec?, k, capacity, normalize, batch, inverse_norms?) -> (x_hat,
@@ -13,10 +13,6 @@ values, indices, count)``, k = 0 for ReLU; capacity = -1 stands for the fullest 
 ``e2e_fast::autoencode_jump(x, W_enc, b_enc?, W_dec, b_dec?, threshold, bandwidth, capacity, normalize, inverse_norms?)
 -> (x_hat, values, indices, count, l0, band)``. Both call, on every device, an encoder, decode and, backwards,
 code_backward.
-``e2e_fast::autoencode_dense(x, W_enc, b_enc?, W_dec, b_dec?, normalize, threshold?, bandwidth, inverse_norms?) ->
-(x_hat, c, l0, band)``: the ReLU (JumpReLU) autoencoder by matrix products, c (N, F) dense, a block of features at a
-time: beside c nothing of size N × F is made (JumpReLU: band, N × F bool), no unit copy of W_dec; l0 and band are empty
-for ReLU.
 
 >>> import torch
 >>> x, W_enc, W_dec = torch.randn(4, 8), torch.randn(32, 8), torch.randn(32, 8)
@@ -28,22 +24,21 @@ for ReLU.
 True
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from e2e_fast.kernels._buffers import empty_like
-from e2e_fast.kernels._checks import accumulator, check_bias, check_matrix
-from e2e_fast.kernels._gemm import CHUNK_BYTES, linear, row_chunks
-from e2e_fast.kernels._native import direct, unwatched
-from e2e_fast.kernels.code_backward import backward_on_cpu, code_backward, silent_gradients, tangent
-from e2e_fast.kernels.decode import decode_on_cpu, known_norms, row_inverse_norms
+from e2e_fast.kernels._checks import check_bias, check_devices, check_matrix
+from e2e_fast.kernels._native import unwatched
+from e2e_fast.kernels.autoencode_dense import autoencode_dense, sum_rows
+from e2e_fast.kernels.code_backward import Gradients, backward_on_cpu, code_backward, silent_gradients
+from e2e_fast.kernels.decode import decode_on_cpu, known_norms
 from e2e_fast.kernels.density import DensityController, default_limit
 from e2e_fast.kernels.encode import check_threshold, relu_on_cpu, slots_for, threshold_gradient, topk_on_cpu
 from e2e_fast.kernels.reference import BANDWIDTH, check_activation, check_k
 from e2e_fast.kernels.sparse_code import JumpCode, SparseCode
-
-GPU_CHUNK_BYTES = 1 << 30
-"""As `e2e_fast.kernels._gemm.CHUNK_BYTES`, for the dense blocks on a GPU."""
 
 PROBE_ROWS = 16
 """Rows encoded to find out how dense a code is when nothing is known about it yet."""
@@ -87,6 +82,9 @@ def autoencode(
     check_bias("inverse_norms", inverse_norms, W_enc.shape[0])
     if W_dec.shape != W_enc.shape:
         raise ValueError(f"W_dec must have W_enc's shape {tuple(W_enc.shape)}, got {tuple(W_dec.shape)}")
+    check_matrix("W_dec", W_dec, expected="(F, D)")
+    others = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
+    check_devices("x", x, **others, threshold=threshold, inverse_norms=inverse_norms)
     check_activation(k, batch, threshold)
     if k is not None:
         check_k(k, W_enc.shape[0])
@@ -126,7 +124,7 @@ def _exact(weights, threshold, bandwidth, normalize, density, norms) -> tuple[Te
         density.observe(code.count)
         if not x.is_cuda or not code.overflowed().any():
             return x_hat, code
-    x_hat, values, l0, band = _autoencode_dense(*weights, normalize, threshold, bandwidth, norms)
+    x_hat, values, l0, band = autoencode_dense(*weights, normalize, threshold, bandwidth, norms)
     code = dense_code(values)
     density.observe(code.count)
     return x_hat, code if threshold is None else JumpCode(*code, l0, band)
@@ -145,7 +143,8 @@ def dense_code(values: Tensor) -> SparseCode:
     return SparseCode(values, indices, (~(values <= 0)).sum(-1, dtype=torch.int32))
 
 
-def _forward(
+@torch.library.custom_op("e2e_fast::autoencode", mutates_args=())
+def _autoencode(
     x: Tensor,
     W_enc: Tensor,
     b_enc: Tensor | None,
@@ -157,9 +156,6 @@ def _forward(
     batch: bool = False,
     inverse_norms: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if x.device.type == "cpu" and not batch and direct(x, W_enc, b_enc, W_dec, b_dec, inverse_norms):
-        code = topk_on_cpu(x, W_enc, b_enc, k) if k else relu_on_cpu(x, W_enc, b_enc, capacity)
-        return decode_on_cpu(code[0], code[1], W_dec, b_dec, normalize, None, inverse_norms), *code
     code = _encode(x, W_enc, b_enc, k, capacity, batch)
     return torch.ops.e2e_fast.decode(code[0], code[1], W_dec, b_dec, normalize, None, inverse_norms), *code
 
@@ -169,9 +165,6 @@ def _encode(x, W_enc, b_enc, k, capacity, batch) -> tuple[Tensor, Tensor, Tensor
     if not k:
         return op.encode_relu(x, W_enc, b_enc, capacity)
     return op.encode_batch_topk(x, W_enc, b_enc, k, capacity) if batch else op.encode_topk(x, W_enc, b_enc, k)
-
-
-_autoencode = torch.library.custom_op("e2e_fast::autoencode", _forward, mutates_args=())
 
 
 @_autoencode.register_fake
@@ -187,12 +180,12 @@ def _setup_context(ctx, inputs, output):
     ctx.bias_dtypes = [None if b is None else b.dtype for b in (b_enc, b_dec)]
 
 
-def _backward(ctx, g, dvalues, dindices, dcount):
-    gradients, _ = _weight_gradients(ctx, ctx.saved_tensors, g, dvalues, need_dvalues=False)
+def _backward(ctx, g, dvalues, dindices, dcount, sweep: Callable[..., Gradients] = code_backward):
+    gradients, _ = _weight_gradients(ctx, ctx.saved_tensors, g, dvalues, need_dvalues=False, sweep=sweep)
     return *gradients, *(None,) * 5
 
 
-def _weight_gradients(ctx, saved, g, dvalues, need_dvalues):
+def _weight_gradients(ctx, saved, g, dvalues, need_dvalues, sweep: Callable[..., Gradients] = code_backward):
     """Those of x, W_enc, b_enc, W_dec and b_dec, None where not needed; and dvalues, where anything arrived."""
     if g is None and dvalues is None:
         return (None,) * 5, None
@@ -200,8 +193,7 @@ def _weight_gradients(ctx, saved, g, dvalues, need_dvalues):
     need_x, need_W_enc, need_b_enc, need_W_dec, need_b_dec, *_ = ctx.needs_input_grad
     enc_dtype, dec_dtype = ctx.bias_dtypes
     need_W_dec = need_W_dec and g is not None
-    on_cpu = x.device.type == "cpu" and direct(values, dvalues, g, W_dec, x, W_enc)
-    dW_dec, dW_enc, db_enc, dv, dx = (backward_on_cpu if on_cpu else code_backward)(
+    dW_dec, dW_enc, db_enc, dv, dx = sweep(
         values, indices, dvalues, g, None if g is None else W_dec, x, W_enc,
         ctx.normalize, need_W_dec, need_W_enc or need_b_enc, need_x, inverse_norms, need_dvalues,
     )  # fmt: skip
@@ -210,7 +202,7 @@ def _weight_gradients(ctx, saved, g, dvalues, need_dvalues):
         dW_enc if need_W_enc else None,
         db_enc.to(enc_dtype) if need_b_enc and enc_dtype is not None else None,
         dW_dec if need_W_dec else None,
-        _sum_rows(g, dec_dtype) if need_b_dec and g is not None and dec_dtype is not None else None,
+        sum_rows(g, dec_dtype) if need_b_dec and g is not None and dec_dtype is not None else None,
     )
     return gradients, dv
 
@@ -218,24 +210,27 @@ def _weight_gradients(ctx, saved, g, dvalues, need_dvalues):
 _autoencode.register_autograd(_backward, setup_context=_setup_context)
 
 
-class _Undispatched(torch.autograd.Function):
-    """The operator and its gradient without torch's dispatcher and the operator's wrappers, which take 0.1 ms."""
+class _OnCpu(torch.autograd.Function):
+    """The same on a CPU where nothing watches, without torch's dispatcher and wrappers, which take 0.1 ms."""
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = _forward(*inputs)
+        x, W_enc, b_enc, W_dec, b_dec, k, capacity, normalize, _, inverse_norms = inputs
+        code = topk_on_cpu(x, W_enc, b_enc, k) if k else relu_on_cpu(x, W_enc, b_enc, capacity)
+        output = decode_on_cpu(code[0], code[1], W_dec, b_dec, normalize, None, inverse_norms), *code
         _setup_context(ctx, inputs, output)
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *gradients):
-        return _backward(ctx, *gradients)
+        return _backward(ctx, *gradients, sweep=backward_on_cpu)
 
 
 def _run(*inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tensors = [*inputs[:5], inputs[-1]]
-    plain = inputs[0].device.type == "cpu" and unwatched(*tensors)
-    return (_Undispatched.apply if plain else _autoencode)(*inputs)
+    x, *weights, _, _, _, batch, inverse_norms = inputs
+    plain = x.device.type == "cpu" and not batch and unwatched(x, *weights, inverse_norms)
+    return (_OnCpu.apply if plain else _autoencode)(*inputs)
 
 
 # --- JumpReLU -------------------------------------------------------------------------------------------------------
@@ -287,192 +282,3 @@ def _backward_jump(ctx, g, dvalues, dindices, dcount, dl0, dband):
 
 
 _autoencode_jump.register_autograd(_backward_jump, setup_context=_setup_context_jump)
-
-
-# --- Dense ----------------------------------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("e2e_fast::autoencode_dense", mutates_args=())
-def _autoencode_dense(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor | None,
-    W_dec: Tensor,
-    b_dec: Tensor | None,
-    normalize: bool,
-    threshold: Tensor | None,
-    bandwidth: float,
-    inverse_norms: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (N, _), F = x.shape, W_enc.shape[0]
-    dtype, wide = torch.promote_types(x.dtype, W_enc.dtype), accumulator(x, W_enc)
-    inner, b = x.to(dtype), None if b_enc is None else b_enc.to(wide)
-    values = x.new_empty(N, F, dtype=dtype)
-    band = x.new_empty(N, 0 if threshold is None else F, dtype=torch.bool)
-    l0 = x.new_zeros(0 if threshold is None else N, dtype=wide)
-    x_hat = W_dec.new_zeros(N, W_dec.shape[1], dtype=accumulator(W_dec))
-    if b_dec is not None:
-        x_hat += b_dec
-    for block in _feature_blocks(values):
-        bias = None if b is None else b[block]
-        if threshold is None:
-            c = linear(inner, W_enc[block].to(dtype), None if bias is None else bias.to(dtype)).relu_()
-        else:
-            z, theta = _accumulated(inner, W_enc[block].to(dtype), bias), threshold[block].to(wide)
-            c = z.masked_fill((z <= theta) | (z <= 0), 0).to(dtype)
-            band[:, block] = ((z - theta).abs() < bandwidth / 2) & (z > 0)
-            l0 += (~(c <= 0)).sum(-1)
-        values[:, block] = c
-        _add_product(x_hat, c.to(W_dec.dtype), _unit(W_dec, block, normalize, inverse_norms))
-    return x_hat.to(W_dec.dtype), values, l0, band
-
-
-def _accumulated(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x @ weight.T + bias`` in the accumulator's dtype: a 16-bit score cannot tell which side of θ it is on."""
-    if x.is_cuda:
-        from e2e_fast.kernels.triton._launch import mm_accumulated
-
-        z = mm_accumulated(x, weight.t())
-        return z if bias is None else z.add_(bias)
-    wide = accumulator(x)
-    return linear(x.to(wide), weight.to(wide), bias)
-
-
-def _feature_blocks(values: Tensor):
-    """Blocks of features whose (N, block) matrices fit a chunk: nothing else of size N × F is made beside the code."""
-    budget = CHUNK_BYTES if values.device.type == "cpu" else GPU_CHUNK_BYTES
-    return row_chunks(values.shape[1], values.element_size() * values.shape[0], budget)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b`` where total may be wider than a and b."""
-    if total.is_cuda and total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b if a.is_cuda else linear(a, b.t())
-
-
-def _unit(W_dec: Tensor, block: slice, normalize: bool, inverse_norms: Tensor | None) -> Tensor:
-    rows = W_dec[block]
-    return rows * _scale(rows, block, inverse_norms)[:, None].to(rows.dtype) if normalize else rows
-
-
-def _scale(rows: Tensor, block: slice, inverse_norms: Tensor | None) -> Tensor:
-    return row_inverse_norms(rows) if inverse_norms is None else inverse_norms[block]
-
-
-@_autoencode_dense.register_fake
-def _(x, W_enc, b_enc, W_dec, b_dec, normalize, threshold, bandwidth, inverse_norms):
-    (N, _), F = x.shape, W_enc.shape[0]
-    jump = threshold is not None
-    return (
-        W_dec.new_empty(N, W_dec.shape[1]),
-        x.new_empty(N, F, dtype=torch.promote_types(x.dtype, W_enc.dtype)),
-        x.new_empty(N if jump else 0, dtype=accumulator(x, W_enc)),
-        x.new_empty(N, F if jump else 0, dtype=torch.bool),
-    )
-
-
-def _setup_context_dense(ctx, inputs, output):
-    x, W_enc, b_enc, W_dec, b_dec, ctx.normalize, threshold, ctx.bandwidth, inverse_norms = inputs
-    _, values, _, band = output
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, W_enc, W_dec, values, band, threshold, inverse_norms)
-    ctx.bias_dtypes = [None if b is None else b.dtype for b in (b_enc, b_dec)]
-
-
-def _backward_dense(ctx, g, dvalues, dl0, dband):
-    if g is None and dvalues is None and dl0 is None:
-        return (None,) * 9
-    x, W_enc, W_dec, values, band, threshold, inverse_norms = ctx.saved_tensors
-    need_x, need_W_enc, need_b_enc, need_W_dec, need_b_dec, _, need_threshold, *_ = ctx.needs_input_grad
-    enc_dtype, dec_dtype = ctx.bias_dtypes
-    need_W_dec = need_W_dec and g is not None
-    if g is None and dvalues is None:  # a gradient of the L0 reaches the thresholds alone
-        need_x = need_W_enc = need_b_enc = False
-    dW_dec, dW_enc, db_enc, dx, dthreshold = _dense_backward(
-        values, dvalues, g, W_dec, x, W_enc, ctx.normalize, need_W_dec, need_W_enc, need_x,
-        threshold if need_threshold else None, band, dl0, ctx.bandwidth, inverse_norms,
-    )  # fmt: skip
-    return (
-        dx if need_x else None,
-        dW_enc if need_W_enc else None,
-        db_enc.to(enc_dtype) if need_b_enc and enc_dtype is not None else None,
-        dW_dec if need_W_dec else None,
-        _sum_rows(g, dec_dtype) if need_b_dec and g is not None and dec_dtype is not None else None,
-        None,
-        dthreshold if need_threshold else None,
-        None,
-        None,
-    )
-
-
-@torch.library.custom_op("e2e_fast::autoencode_dense_backward", mutates_args=())
-def _dense_backward(
-    values: Tensor,
-    dvalues: Tensor | None,
-    g: Tensor | None,
-    W_dec: Tensor,
-    x: Tensor,
-    W_enc: Tensor,
-    normalize: bool,
-    need_dW_dec: bool,
-    need_dW_enc: bool,
-    need_dx: bool,
-    threshold: Tensor | None,
-    band: Tensor | None,
-    dl0: Tensor | None,
-    bandwidth: float,
-    inverse_norms: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = values.dtype
-    inner, g_dec = x.to(dtype), None if g is None else g.to(W_dec.dtype).contiguous()
-    db_enc = W_enc.new_empty(W_enc.shape[0], dtype=accumulator(values))
-    dW_dec = empty_like(W_dec) if need_dW_dec else W_dec.new_empty(0)
-    dW_enc = empty_like(W_enc) if need_dW_enc else W_enc.new_empty(0)
-    dx = torch.zeros_like(x, dtype=accumulator(x)) if need_dx else x.new_empty(0)
-    dthreshold = x.new_empty(0) if threshold is None else torch.zeros_like(threshold, dtype=accumulator(threshold))
-    for block in _feature_blocks(values):
-        c = values[:, block]
-        if g_dec is None:
-            dz = torch.zeros_like(c)
-        else:
-            dz = linear(g_dec, _unit(W_dec, block, normalize, inverse_norms)).to(dtype)
-        if dvalues is not None:
-            dz.add_(dvalues[:, block])
-        if threshold is not None and band is not None and bandwidth > 0:
-            pull = dz.to(dthreshold.dtype) * threshold[block]
-            if dl0 is not None:
-                pull += dl0[:, None]
-            dthreshold[block] = torch.where(band[:, block], pull, 0).sum(0) / -bandwidth
-        dz = torch.ops.aten.threshold_backward(dz, c, 0)  # 0 where c <= 0
-        if need_dW_dec and g is not None:
-            a, w = (c.t() @ g.to(dtype)).to(accumulator(W_dec)), W_dec[block]
-            dW_dec[block] = tangent(a, w.to(a.dtype), _scale(w, block, inverse_norms)) if normalize else a
-        if need_dW_enc:
-            dW_enc[block] = dz.t() @ inner
-        if need_dx:
-            _add_product(dx, dz, W_enc[block].to(dtype))
-        db_enc[block] = dz.sum(0, dtype=db_enc.dtype)
-    return dW_dec, dW_enc, db_enc, dx.to(x.dtype), dthreshold if threshold is None else dthreshold.to(threshold.dtype)
-
-
-@_dense_backward.register_fake
-def _(
-    values, dvalues, g, W_dec, x, W_enc, normalize, need_dW_dec, need_dW_enc, need_dx,
-    threshold, band, dl0, bandwidth, inverse_norms,
-):  # fmt: skip
-    return (
-        W_dec.new_empty(W_dec.shape if need_dW_dec else (0,)),
-        W_enc.new_empty(W_enc.shape if need_dW_enc else (0,)),
-        W_enc.new_empty(W_enc.shape[0], dtype=accumulator(values)),
-        x.new_empty(x.shape if need_dx else (0,)),
-        x.new_empty(0) if threshold is None else threshold.new_empty(threshold.shape),
-    )
-
-
-def _sum_rows(g: Tensor, dtype: torch.dtype) -> Tensor:
-    return g.sum(0, dtype=accumulator(g)).to(dtype)
-
-
-_autoencode_dense.register_autograd(_backward_dense, setup_context=_setup_context_dense)

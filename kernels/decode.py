@@ -23,7 +23,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from e2e_fast.kernels._buffers import empty
-from e2e_fast.kernels._checks import accumulator, check_bias, check_code, check_indices, check_matrix
+from e2e_fast.kernels._checks import accumulator, check_bias, check_code, check_devices, check_indices, check_matrix
 from e2e_fast.kernels._native import array, native
 from e2e_fast.kernels.reference import NORM_EPS
 from e2e_fast.kernels.sparse_code import JumpCode, SparseCode
@@ -48,6 +48,8 @@ def decode(
     check_matrix("weight", weight, expected="(F, D)")
     check_bias("bias", bias, weight.shape[1])
     check_bias("inverse_norms", inverse_norms, weight.shape[0])
+    others = {"weight": weight, "bias": bias, "inverse_norms": inverse_norms}
+    check_devices("code.values", code.values, indices=code.indices, **others)
     band = code.band if isinstance(code, JumpCode) else None
     known = known_norms(weight, normalize, inverse_norms)
     return _decode(code.values, code.indices, weight, bias, normalize, band, known)
@@ -109,6 +111,8 @@ def gather(
 
     Takes the slots whose value is not <= 0, or with ``nonzero`` those whose value is not 0.
     """
+    if indices.dtype == torch.int64:  # in 32 bits a wrong one could look right
+        check_indices(indices, weight.shape[0])
     y = empty(values.shape[0], weight.shape[1])
     core.decode(
         array(values), array(indices, torch.int32), array(weight), normalize, array(bias), nonzero, y.numpy(),

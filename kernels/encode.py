@@ -47,7 +47,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from e2e_fast.kernels._buffers import empty
-from e2e_fast.kernels._checks import accumulator, check_bias, check_matrix
+from e2e_fast.kernels._checks import accumulator, check_bias, check_devices, check_matrix
 from e2e_fast.kernels._gemm import linear, row_chunks
 from e2e_fast.kernels._native import array, native
 from e2e_fast.kernels.reference import BANDWIDTH, check_k
@@ -126,6 +126,7 @@ def encode_jump_relu(
     """
     _check(x, weight, bias)
     check_threshold(threshold, bandwidth, weight.shape[0])
+    check_devices("x", x, threshold=threshold)
     return JumpCode(*_encode_jump_relu(x, weight, bias, threshold, bandwidth, slots_for(capacity)))
 
 
@@ -147,6 +148,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_matrix("x", x)
     check_matrix("weight", weight, x.shape[1], "(F, D)")
     check_bias("bias", bias, weight.shape[0])
+    check_devices("x", x, weight=weight, bias=bias)
 
 
 def topk_on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -302,9 +304,9 @@ def _select_rows(
     share = SCREENED_SHARE["topk" if k else "relu"]
     selection = core.Selection(x.shape[0], k) if k else core.Positives(x.shape[0], limit)
     pays = x.shape[0] >= SCREENED_ROWS and x.shape[1] >= SCREENED_WIDTH and k * share <= w.shape[0]
-    if floor is None and pays:
+    if pays:
         for precision in filter(core.native_precision, SCREENING):
-            if selection.screen(x.numpy(), w.numpy(), array(b), precision, share, threads):
+            if selection.screen(x.numpy(), w.numpy(), array(b), precision, share, threads, array(floor)):
                 return selection
     for block in row_chunks(w.shape[0], 4 * x.shape[0]):
         z = linear(x, w[block], None if b is None else b[block])

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from e2e_fast.kernels._buffers import empty
-from e2e_fast.kernels._checks import accumulator, check_bias, check_matrix
+from e2e_fast.kernels._checks import accumulator, check_bias, check_devices, check_matrix
 from e2e_fast.kernels._gemm import CHUNK_BYTES, linear, row_chunks
 from e2e_fast.kernels._native import array, native
 
@@ -48,11 +48,12 @@ def linear_kl(
     check_bias("bias", bias, weight.shape[0])
     if teacher.shape != student.shape:
         raise ValueError(f"teacher must have student's shape {tuple(student.shape)}, got {tuple(teacher.shape)}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive, got {softcap}")
+    check_devices("student", student, teacher=teacher, weight=weight, bias=bias)
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"softcap must be positive and finite, got {softcap}")
     need_grad = student.requires_grad and torch.is_grad_enabled()
     bias = None if bias is None else bias.detach()
-    loss, _ = _linear_kl(student, teacher.detach(), weight.detach(), bias, softcap, need_grad)
+    loss, _ = _linear_kl(student, teacher.detach(), _frozen(weight), bias, softcap, need_grad)
     return loss.mean()
 
 
@@ -73,12 +74,18 @@ def linear_kl_shared(
         raise ValueError(
             f"teacher must have shape {tuple(students.shape[1:])} as each student, got {tuple(teacher.shape)}"
         )
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive, got {softcap}")
+    check_devices("students", students, teacher=teacher, weight=weight, bias=bias)
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"softcap must be positive and finite, got {softcap}")
     need_grad = students.requires_grad and torch.is_grad_enabled()
     bias = None if bias is None else bias.detach()
-    loss, _ = _linear_kl_shared(students, teacher.detach(), weight.detach(), bias, softcap, need_grad)
+    loss, _ = _linear_kl_shared(students, teacher.detach(), _frozen(weight), bias, softcap, need_grad)
     return loss.mean(1)
+
+
+def _frozen(weight: Tensor) -> Tensor:
+    """The weight as a constant: itself where it asks for no gradient, since a GPU keeps this tensor's padded copy."""
+    return weight.detach() if weight.requires_grad else weight
 
 
 @torch.library.custom_op("e2e_fast::linear_kl", mutates_args=(), device_types="cpu")

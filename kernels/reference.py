@@ -94,7 +94,8 @@ def encode_jump_relu(
     indices, used, kept = compacted(active | band, capacity)
     count = torch.where(kept > indices.shape[1], kept, active.sum(-1))
     values = torch.where(used, c.gather(1, indices), 0)
-    return JumpCode(values, indices, count, count - pull.sum(-1), band.gather(1, indices) & used)
+    l0 = count - torch.where(used, pull.gather(1, indices), 0).sum(-1)
+    return JumpCode(values, indices, count, l0, band.gather(1, indices) & used)
 
 
 def decode(code: SparseCode | JumpCode, weight: Tensor, bias: Tensor | None = None, normalize: bool = True) -> Tensor:

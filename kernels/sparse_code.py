@@ -71,7 +71,7 @@ class JumpCode(NamedTuple):
     count: Tensor
     """(N,) int32 or int64: active features of each token (L0). Above K where slots were missing: see `overflowed`."""
     l0: Tensor
-    """(N,) float: ``count``, differentiable in the thresholds by straight-through gradients alone."""
+    """(N,) float: ``count``, differentiable in the thresholds by its slots' straight-through gradients alone."""
     band: Tensor
     """(N, K) bool: slots, active or silent, whose score lies within half a bandwidth of the threshold."""
 

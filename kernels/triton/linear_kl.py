@@ -96,26 +96,29 @@ def linear_kl_shared(
 
 
 _padded: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Of each weight its padded copies by dtype, with the version of the weight that they show."""
 
 
 def padded_unembedding(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """weight (V, D) as a contiguous matrix of this dtype, its row count a multiple of `ALIGNMENT`; added rows are zero.
 
-    The copy is made once and lives as long as ``weight`` does; changing ``weight`` in place makes a new one. A matrix
-    that has this form already is returned as it is.
+    The copy is made once and lives as long as ``weight`` does, at one address, as recorded CUDA graphs need it; when
+    ``weight`` was changed in place it is filled anew. A matrix that has this form already is returned as it is.
     """
     V, D = weight.shape
     if V % ALIGNMENT == 0 and weight.is_contiguous() and weight.dtype == dtype:
         return weight
     known = not weight.is_inference()  # inference tensors count no versions, so a stale copy could not be told
-    if known:
-        kept = _padded.get(weight)
-        if kept is not None and kept[0] == weight._version and kept[1].dtype == dtype:
-            return kept[1]
-    copy = weight.new_zeros(triton.cdiv(V, ALIGNMENT) * ALIGNMENT, D, dtype=dtype)
+    copies = _padded.get(weight, {}) if known else {}
+    version, copy = copies.get(dtype, (None, None))
+    if copy is not None and version == weight._version:
+        return copy
+    if copy is None:
+        copy = weight.new_zeros(triton.cdiv(V, ALIGNMENT) * ALIGNMENT, D, dtype=dtype)
     copy[:V] = weight.detach()
-    if known:
-        _padded[weight] = (weight._version, copy)
+    recording = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    if known and not recording:  # what is recorded is not done yet
+        _padded[weight] = copies | {dtype: (weight._version, copy)}
     return copy
 
 

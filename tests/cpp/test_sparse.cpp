@@ -123,7 +123,8 @@ static void screening_selects_what_exact_scores_select() {
       std::copy_n(&w[10 * depth], depth, &w[11 * depth]);                                // a tie
       for (int64_t r = 0; r < rows; ++r)  // tiles of rows of very different norms, zeros among them
         for (int64_t i = 0; i < depth; ++i) x[r * depth + i] *= r % 5 == 3 ? 0.f : std::ldexp(1.f, static_cast<int>(r * 7 % 23) - 20);
-      std::vector<float> exact(rows * columns);
+      std::vector<float> exact(rows * columns), floor = random.vector(columns, 4);
+      for (float& f : floor) f = std::max(f, 0.f);
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t j = 0; j < columns; ++j)
           exact[r * columns + j] =
@@ -141,13 +142,21 @@ static void screening_selects_what_exact_scores_select() {
           CHECK(screened.screen(job, precision, 1, threads));
           plain.add(exact.data(), columns, 0, 2);
           same(screened, plain, 9);
-          for (int64_t limit : {-1, 40}) {
-            Positives some(rows, limit), all(rows, limit);
-            CHECK(some.screen(job, precision, 1, threads));
-            all.add(exact.data(), columns, 0, 2);
-            CHECK(some.fullest() == all.fullest());
-            same(some, all, limit < 0 ? all.fullest() : limit);
-          }
+          for (int64_t limit : {-1, 40})
+            for (bool with_floor : {false, true}) {
+              Scoring given = job;
+              std::vector<float> above = exact;
+              if (with_floor) {
+                given.floor = floor.data();
+                for (int64_t e = 0; e < rows * columns; ++e)
+                  if (above[e] <= floor[e % columns]) above[e] = 0;
+              }
+              Positives some(rows, limit), all(rows, limit);
+              CHECK(some.screen(given, precision, 1, threads));
+              all.add(above.data(), columns, 0, 2);
+              CHECK(some.fullest() == all.fullest());
+              same(some, all, limit < 0 ? all.fullest() : limit);
+            }
         }
     }
 }

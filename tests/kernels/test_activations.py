@@ -121,6 +121,18 @@ def test_jump_relu_with_a_capacity_truncates_and_says_so(route, capacity):
     assert bool(code.overflowed().all()) == (capacity < 900)
 
 
+@pytest.mark.parametrize("capacity", [1, 5])
+def test_what_has_no_slot_gives_its_threshold_no_gradient(route, capacity):
+    x, W, b = inputs(9, 17, 90)
+    theta = torch.full((90,), 0.4).requires_grad_()
+
+    def gradient(module):
+        return torch.autograd.grad(module.encode_jump_relu(x, W, b, theta, 0.5, capacity).l0.sum(), theta)[0]
+
+    assert gradient(kernels).any()
+    torch.testing.assert_close(gradient(kernels), gradient(reference))
+
+
 def composed(module, leaves, W_dec, b_dec, bandwidth, upstream):
     """Gradients through the operators one by one: of a decoded code, its values and its L0."""
     code = module.encode_jump_relu(*leaves, bandwidth)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from tolerance import assert_as_accurate
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from e2e_fast import kernels
 from e2e_fast.kernels import DensityController, reference
@@ -134,6 +135,17 @@ def test_inverse_norms_that_are_known_are_used(route):
         torch.testing.assert_close(*results)
 
 
+def test_short_rows_of_a_float16_decoder_are_no_infinities_in_a_dense_step(route):
+    x, W_enc, b_enc, W_dec, b_dec = parameters(torch.float16)
+    W_dec[5], W_dec[6] = 0, 1e-6
+    exact = run(reference, (x, W_enc, b_enc, W_dec, b_dec), torch.float64)
+    ours = run(kernels, (x, W_enc, b_enc, W_dec, b_dec), torch.float16)
+    naive = run(reference, (x, W_enc, b_enc, W_dec, b_dec), torch.float32)
+    for what, a, n, e in zip(NAMES, ours, naive, exact, strict=False):
+        if what != "dW_dec":  # of rows so short it is beyond float16
+            assert_as_accurate(what, a, n.half(), e)
+
+
 def test_dense_and_sparse_steps_are_one_function(route):
     arguments = parameters(bias=-1.0)
     results = []
@@ -238,6 +250,7 @@ def test_float64_inputs_pass_gradcheck(route):
         (lambda a: [a[0], a[1][:, 1:], a[2], a[3], a[4]], "W_enc must be a matrix"),
         (lambda a: [a[0], a[1], a[2][1:], a[3], a[4]], "b_enc must have shape"),
         (lambda a: [a[0], a[1], a[2], a[3], a[4][1:]], "b_dec must have shape"),
+        (lambda a: [a[0], a[1], a[2], a[3].long(), a[4]], "W_dec must be floating point, got torch.int64"),
     ],
 )
 def test_bad_shapes_are_refused_by_name(change: Callable[..., Any], message):
@@ -294,3 +307,36 @@ def test_results_have_the_same_bits_for_one_and_two_threads(level):
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert torch.equal(a, b)
+
+
+class Watch(TorchDispatchMode):
+    """The names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name())
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("way", ["topk", "relu with capacity", "relu, sparse by itself"])
+def test_a_watched_call_runs_the_operator_and_gives_the_same_bits(route, way):
+    options, bias = WAYS[way]
+    arguments = parameters(bias=bias)
+    with Watch() as watch:
+        watched = run(kernels, arguments, torch.float32, **options)
+    assert {"e2e_fast::autoencode", "e2e_fast::code_backward"} <= watch.names
+    for what, ours, theirs in zip(NAMES, run(kernels, arguments, torch.float32, **options), watched, strict=False):
+        assert torch.equal(ours, theirs), what
+
+
+@pytest.mark.parametrize("way", ["topk", "batch topk with capacity, not normalised", "relu, dense by itself"])
+def test_a_second_derivative_is_refused(route, way):
+    options, bias = WAYS[way]
+    leaves = [t.requires_grad_() for t in parameters(bias=bias)]
+    x_hat, _ = kernels.autoencode(*leaves, **options)
+    (first,) = torch.autograd.grad(x_hat.square().sum(), leaves[3], create_graph=True)
+    with pytest.raises((RuntimeError, NotImplementedError), match="twice|autograd formula|derivative|does not require"):
+        first.sum().backward()

@@ -76,6 +76,7 @@ def test_screened_scores_select_exactly_what_float32_scores_select(monkeypatch, 
     W[::7] *= 20  # rows of very different norms
     W[5:3000] = W[5] + 1e-4 * torch.randn(2995, D)  # thousands of near ties
     W[4000:4100] = 0
+    threshold = torch.linspace(-1, 60, F)[torch.randperm(F)]
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     # Never give up: the selection must be right all the same.
     monkeypatch.setattr(encode, "SCREENED_SHARE", {"topk": 2, "relu": 2})
@@ -83,11 +84,17 @@ def test_screened_scores_select_exactly_what_float32_scores_select(monkeypatch, 
         codes = []
         for screening in ((precision,), ()):
             monkeypatch.setattr(encode, "SCREENING", screening)
-            codes.append((kernels.encode_topk(x, W, bias, k), kernels.encode_relu(x, W, bias)))
+            jump = kernels.encode_jump_relu(x, W, bias, threshold, 0.0)
+            codes.append((kernels.encode_topk(x, W, bias, k), kernels.encode_relu(x, W, bias), jump))
         exact = torch.relu(nnf.linear(x.double(), W.double(), None if bias is None else bias.double()))
         rounding = 1e-5 * exact.amax(1, keepdim=True).clamp_min(1e-30)
         for screened, plain in zip(*codes, strict=True):
             dense, other = screened.to_dense(F).double(), plain.to_dense(F).double()
+            if isinstance(screened, kernels.JumpCode):
+                floor = threshold.clamp_min(0).double()
+                assert bool((((exact - floor).abs() <= rounding) | ((dense > 0) == (exact > floor))).all())
+                assert bool(((dense == 0) | ((dense > floor) & ((dense - exact).abs() <= rounding))).all())
+                continue
             both, either = (dense > 0) & (other > 0), (dense > 0) != (other > 0)
             assert bool(((dense - other).abs() <= rounding)[both].all())
             # Scores that differ by rounding alone may change places; they then lie within rounding of the last winner.
@@ -103,14 +110,18 @@ def test_screening_is_in_use_and_steps_aside_where_it_cannot_pay(precision):
         pytest.skip(f"this processor has no {precision} products: nothing is screened")
     x, W, b = inputs(64, 192, 6000)
 
-    def screen(x, W, b, k=8):
+    def screen(x, W, b, k=8, floor=None):
         selection = core.Selection(len(x), k) if k else core.Positives(len(x), -1)
         share = encode.SCREENED_SHARE["topk" if k else "relu"]
-        return selection.screen(x.numpy(), W.numpy(), b.numpy(), precision, share, 2)
+        return selection.screen(x.numpy(), W.numpy(), b.numpy(), precision, share, 2, _native.array(floor))
 
     assert screen(x, W, b)
     assert not screen(x, W, b, k=0)  # half of all features fire
     assert screen(x, W, b - 20, k=0)
+    assert screen(x, W, b, k=0, floor=torch.full((6000,), 20.0))
+    assert not screen(x, W, b, k=0, floor=torch.full((6000,), torch.inf))
+    with pytest.raises(ValueError, match="no floor"):
+        screen(x, W, b, floor=torch.zeros(6000))
     assert not screen(x, W[:1].expand(6000, -1).contiguous(), 0 * b)  # all equal: all are candidates
     for bad in (torch.nan, torch.inf):
         broken = [x.clone(), W.clone(), b.clone()]

@@ -21,6 +21,13 @@ def test_linear_takes_any_layout(layout, weight_layout):
     torch.testing.assert_close(_gemm.linear(x, w, bias), nnf.linear(x, w, bias))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_linear_takes_a_bias_of_any_stride(dtype):
+    x, w = torch.randn(33, 20, dtype=dtype), torch.randn(50, 20, dtype=dtype)
+    for bias in (torch.randn(50, 3, dtype=dtype)[:, 1], torch.randn(1, dtype=dtype).expand(50)):
+        assert torch.equal(_gemm.linear(x, w, bias), _gemm.linear(x, w, bias.contiguous()))
+
+
 @pytest.mark.parametrize("layout", SLICED)
 def test_a_sliced_weight_goes_to_torch(layout, monkeypatch):
     calls, plain = [], nnf.linear

@@ -180,9 +180,10 @@ def test_bad_shapes_are_refused_with_the_argument_named(change: Callable[..., An
         kernels.linear_kl(*change(*inputs(4, 6, 20, 0.1)))
 
 
-def test_softcap_must_be_positive():
-    with pytest.raises(ValueError, match="softcap must be positive, got -1"):
-        kernels.linear_kl(*inputs(4, 6, 20, 0.1), softcap=-1)
+@pytest.mark.parametrize("softcap", [-1, torch.inf])
+def test_softcap_must_be_positive_and_finite(softcap):
+    with pytest.raises(ValueError, match=f"softcap must be positive and finite, got {softcap}"):
+        kernels.linear_kl(*inputs(4, 6, 20, 0.1), softcap=softcap)
 
 
 @pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])

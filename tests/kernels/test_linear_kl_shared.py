@@ -111,5 +111,5 @@ def test_bad_shapes_are_refused_with_the_argument_named(change, message):
 
 
 def test_softcap_must_be_positive():
-    with pytest.raises(ValueError, match="softcap must be positive, got 0"):
+    with pytest.raises(ValueError, match="softcap must be positive and finite, got 0"):
         kernels.linear_kl_shared(*inputs(2, 4, 6, 20), softcap=0)

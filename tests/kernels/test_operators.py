@@ -134,6 +134,35 @@ def test_second_derivatives_are_refused_not_wrong():
         torch.autograd.grad(g.sum(), student)
 
 
+def public_calls() -> dict[str, tuple]:
+    x, W, b, h, step = torch.randn(N, D), torch.randn(F, D), torch.randn(F), torch.randn(V, D), torch.ones(())
+    code, norms, c = kernels.encode_topk(x, W, b, 3), b.abs(), torch.randn(D)
+    return {
+        "encode_topk": (lambda *a: kernels.encode_topk(*a, k=3), (x, W, b)),
+        "encode_relu": (kernels.encode_relu, (x, W, b)),
+        "encode_batch_topk": (lambda *a: kernels.encode_batch_topk(*a, k=3), (x, W, b)),
+        "encode_jump_relu": (kernels.encode_jump_relu, (x, W, b, b)),
+        "decode": (lambda v, i, W, c, s: kernels.decode(code._replace(values=v, indices=i), W, c, inverse_norms=s),
+                   (code.values, code.indices, W, c, norms)),
+        "autoencode": (lambda *a: kernels.autoencode(*a[:5], threshold=a[5], inverse_norms=a[6]),
+                       (x, W, b, W, c, b, norms)),
+        "linear_kl": (kernels.linear_kl, (x, x, h, torch.randn(V))),
+        "linear_kl_shared": (kernels.linear_kl_shared, (x[None], x, h, torch.randn(V))),
+        "adam_step": (lambda *a: kernels.adam_step(*a[:6], clip=a[6], inverse_norms=a[7], shadow=a[8]),
+                      (W.clone(), W, W.clone(), W.abs(), step, step, step, norms, W.clone())),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", public_calls())
+def test_tensors_on_two_devices_are_refused_by_name(name):
+    call, arguments = public_calls()[name]
+    call(*arguments)
+    for i in range(len(arguments)):
+        moved = [a.to("meta") if i == j else a for j, a in enumerate(arguments)]
+        with pytest.raises(ValueError, match=r"must be on .*'s device (cpu|meta), got (cpu|meta)"):
+            call(*moved)
+
+
 MODULES = [
     "adam",
     "attention",

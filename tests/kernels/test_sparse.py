@@ -102,9 +102,11 @@ def test_empty_codes_decode_to_the_bias(route, N, K):
     assert torch.equal(db, torch.full((5,), float(N)))
 
 
-@pytest.mark.parametrize("bad", [-1, 9, 1 << 30])
+@pytest.mark.parametrize("bad", [-1, 9, 1 << 30, 1 << 32, -(1 << 33)])
 def test_indices_outside_the_dictionary_are_refused(route, bad):
     code, (W, b) = random_code(4, 3, 9), weights(9, 5)
+    if abs(bad) >= 1 << 31:
+        code = code._replace(indices=code.indices.long())
     code.indices[1, 1] = bad
     with pytest.raises(ValueError, match=r"code.indices must lie in \[0, 9\)"):
         kernels.decode(code, W, b)

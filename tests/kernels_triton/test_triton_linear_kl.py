@@ -170,6 +170,7 @@ def test_padded_unembedding_is_kept_until_the_weight_changes():
     weight[0] = 7
     assert torch.equal(padded_unembedding(weight, torch.float32)[:45], weight)
     assert padded_unembedding(weight, torch.bfloat16).dtype == torch.bfloat16
+    assert padded_unembedding(weight, torch.float32) is padded  # recorded CUDA graphs go on reading this address
 
 
 def test_aligned_unembedding_is_not_copied():

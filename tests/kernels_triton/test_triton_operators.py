@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from triton_checks import DEVICE, error
 
-from e2e_fast import kernels  # noqa: F401 - registers the operators
+from e2e_fast import kernels
 from e2e_fast.kernels.triton import _launch
 
 N, D, F, V = 4, 6, 13, 17
@@ -312,3 +312,24 @@ def test_gradients_of_gpu_tensors_have_their_inputs_form(name):
     for a, gradient in zip(arguments, gradients, strict=True):
         if isinstance(a, Tensor) and a.requires_grad:
             assert (gradient.shape, gradient.dtype, gradient.device) == (a.shape, a.dtype, a.device)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_every_step_finds_the_padded_unembedding_of_the_first(monkeypatch, shared):
+    take_gpu_route(monkeypatch)
+    t = tensors()
+    module = importlib.import_module("e2e_fast.kernels.triton.linear_kl")
+    made = []
+
+    def padded(weight: Tensor, dtype: torch.dtype, original: Any = module.padded_unembedding) -> Tensor:
+        made.append(original(weight, dtype))
+        return made[-1]
+
+    monkeypatch.setattr(module, "padded_unembedding", padded)
+    for _ in range(3):
+        if shared:
+            kernels.linear_kl_shared(t["students"], t["teacher"], t["unembed"]).sum().backward()
+        else:
+            kernels.linear_kl(t["x"], t["teacher"], t["unembed"]).backward()
+    assert len(made) == 3
+    assert all(copy is made[0] for copy in made)
