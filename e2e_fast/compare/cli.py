@@ -66,6 +66,8 @@ def match(
     if pairs is not None:
         write_pairs(m, pairs)
     if plot is not None:
+        if not len(m.rows):
+            raise typer.BadParameter("no pair was matched, so there is nothing to draw", param_hint="--plot")
         from e2e_fast.compare.plot import plot_matching, random_matching
 
         plot_matching(m, random_matching(m, threads=threads)).savefig(plot, dpi=150)

@@ -103,6 +103,13 @@ def test_wrong_arguments_are_named(files: tuple[str, str], arguments: list[str],
     assert message in result.output
 
 
+def test_a_picture_without_pairs_is_refused(files: tuple[str, str], tmp_path: Path):
+    np.save(tmp_path / "zero.npy", np.zeros((5, 16)))
+    result = CliRunner().invoke(app, [files[0], str(tmp_path / "zero.npy"), "--plot", str(tmp_path / "plot.png")])
+    assert result.exit_code == 2
+    assert "no pair was matched, so there is nothing to draw" in result.stderr
+
+
 def test_missing_file_is_named(files: tuple[str, str]):
     with pytest.raises(FileNotFoundError, match="no such file or folder: nowhere.npy"):
         CliRunner().invoke(app, [files[0], "nowhere.npy"], catch_exceptions=False)
