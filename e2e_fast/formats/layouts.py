@@ -20,6 +20,7 @@ Nothing in a ``.pt`` file is executed.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".safetensors")
 def split_name(source: str | Path) -> tuple[Path, str | None]:
     """The path and the SAE's name of ``path::name``; no name: None."""
     path, _, name = str(source).partition("::")
-    return Path(path).expanduser(), name or None
+    return Path(os.path.expanduser(path)), name or None  # Path's own fails where there is no such user
 
 
 def file_in(path: Path) -> Path:

@@ -105,6 +105,11 @@ def test_files_of_no_numbers_or_of_another_name_are_refused(tmp_path: Path):
         read_dictionary(f"{tmp_path}/one.npz::second")
 
 
+def test_a_home_of_nobody_is_no_such_folder():
+    with pytest.raises(FileNotFoundError, match="no such file or folder: ~nobody_of_that_name/x"):
+        read_dictionary("~nobody_of_that_name/x")
+
+
 def test_joint_rows_multiply_to_the_weighted_cosine_and_half_zero_features_are_zero():
     dec, enc = DEC.double().clone(), ENC.double().clone()
     enc[0] = 0.0
