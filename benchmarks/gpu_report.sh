@@ -57,11 +57,12 @@ for wheel in wheels:
         print("unpacked", wheel.name)
 '
 machine='
-import importlib.util, platform, subprocess, sys
+import importlib.util, platform, shutil, subprocess, sys
 import torch, triton, numpy
 print("commit", sys.argv[1])
 query = "--query-gpu=name,driver_version,memory.total,clocks.max.sm"
-subprocess.run(["nvidia-smi", query, "--format=csv,noheader"], check=False)
+if shutil.which("nvidia-smi"):
+    subprocess.run(["nvidia-smi", query, "--format=csv,noheader"], check=False)
 print("python", platform.python_version(), "torch", torch.__version__, "triton", triton.__version__,
       "numpy", numpy.__version__, "cuda", torch.version.cuda)
 for name in ("pytest", "xdist", "transformers", "pydantic", "yaml", "safetensors", "liger_kernel", "fla"):
