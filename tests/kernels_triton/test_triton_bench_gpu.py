@@ -146,6 +146,7 @@ def test_only_what_is_missing_is_unpacked_and_nothing_is_measured_without_a_gpu(
     assert done.returncode == 1
     assert "nothing was measured" in done.stderr
     assert steps(tmp_path / "out") == {"packages": 0, "machine": 1}
+    assert "torch sees no GPU" in (tmp_path / "out/machine.txt").read_text()  # also where there is no nvidia-smi
     unpacked = (tmp_path / "out/packages.txt").read_text()
     assert "not_to_be_found_elsewhere" in unpacked
     assert "torch-99.0" not in unpacked
