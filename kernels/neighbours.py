@@ -202,9 +202,9 @@ def _triton(x: Tensor) -> bool:
 
 
 def thread_count(threads: int | None) -> int:
-    """As many as asked for; None: as torch. Raises ValueError below 1."""
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be at least 1, got {threads}")
+    """As many as asked for; None: as torch. Raises ValueError outside 1 to 1024."""
+    if threads is not None and not 1 <= threads <= 1024:
+        raise ValueError(f"threads must lie in [1, 1024], got {threads}")
     return torch.get_num_threads() if threads is None else threads
 
 

@@ -149,11 +149,15 @@ def test_a_sweep_trains_compiled_as_it_trains_eagerly(family: str, precision: st
     assert lm.compiled is not None
     assert lm.compiled.runs == 5 * (3 + 2 * 2)  # five batches: three blocks once, two of each member
     assert lm.compiled.graphs <= 6
-    for ours, theirs in zip(compiled, eager, strict=True):
+    # Gradients round otherwise, and training carries that on: in bf16 it may take a metric as far as bf16 itself does.
+    exact: Any = e2e_fast.train(settings(sweep={"seed": [0, 1]}), random_model(family), tokens, quiet=True)
+    for ours, theirs, fp32 in zip(compiled, eager, exact, strict=True):
         assert len(ours.history) == 6
+        rows = list(zip(theirs.history, fp32.history, strict=True))
         for row, expected in zip(ours.history, theirs.history, strict=True):
             for key, value in row.items():
-                assert value == pytest.approx(expected[key], rel=1e-3, abs=1e-4), key
+                rounding = max(abs(a[key] - b[key]) for a, b in rows if key in a)
+                assert value == pytest.approx(expected[key], rel=1e-3, abs=1e-4 + rounding), key
 
 
 def test_the_configuration_asks_for_it() -> None:

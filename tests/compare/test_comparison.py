@@ -190,7 +190,7 @@ def test_the_record_of_a_run_speaks_of_its_last_weights_alone(tmp_path: Path):
         ({"a": np.eye(2), "b": np.eye(2)}, {"which": "both", "encoders": True}, "which is 'both'"),
         ({"a": np.eye(2), "b": np.eye(2)}, {"alive": {"c": [True, True]}}, r"alive names \['c'\]"),
         ({"a": np.eye(2), "b": np.eye(2)}, {"alive": {"b": [True]}}, r"alive for b must be a boolean mask"),
-        ({"a": np.eye(2), "b": np.eye(2)}, {"threads": 0}, r"^threads must be at least 1, got 0"),
+        ({"a": np.eye(2), "b": np.eye(2)}, {"threads": 0}, r"^threads must lie in \[1, 1024\], got 0"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_by_name(dictionaries, options, message: str):

@@ -243,7 +243,7 @@ GOOD = families.random(6, 6, 4)[0]
         (GOOD, GOOD, {"precision": "float8"}, "precision must be"),
         (GOOD, GOOD, {"zero_rows": "no"}, "zero_rows must be"),
         (GOOD, GOOD, {"candidates": 0}, "candidates must be at least 1"),
-        (GOOD, GOOD, {"threads": 0}, "threads must be at least 1"),
+        (GOOD, GOOD, {"threads": 0}, r"threads must lie in \[1, 1024\]"),
         (GOOD, GOOD, {"which": "encoder"}, "needs encoder weights"),
         (GOOD, GOOD, {"alive": (np.ones(5, bool), None)}, r"alive for A must be a boolean mask of shape \(6,\)"),
     ],
