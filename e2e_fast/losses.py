@@ -39,7 +39,9 @@ if TYPE_CHECKING:
     from e2e_fast.lm import Original, Spliced
     from e2e_fast.sae import SAEActs
 
-Positions = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]
+Positions = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)
+]
 """One position or a list of them: TransformerLens names, or parts of names that match several."""
 
 
@@ -51,22 +53,22 @@ KL_FLOOR = 1e-8
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class SparsityLoss(_Frozen):
     """‖c‖_p of the codes, divided by the width of the SAE's input."""
 
     coeff: NonNegativeFloat
-    p_norm: NonNegativeFloat = 1.0
-    """0: the L0, which JumpReLU alone can train on. [ours]"""
+    p_norm: Annotated[NonNegativeFloat, Field(allow_inf_nan=True)] = 1.0
+    """0: the L0, which JumpReLU alone can train on. [ours] ``.inf``: the largest code."""
 
 
 class InToOrigLoss(_Frozen):
     """MSE of later activations; the coefficient is split evenly over the positions."""
 
     total_coeff: NonNegativeFloat
-    hook_positions: Positions
+    hook_positions: Positions = Field(min_length=1)
 
 
 class WeightedLoss(_Frozen):
