@@ -348,7 +348,8 @@ RESUMABLE_WITH = frozenset(
     }
 )  # fmt: skip
 """Keys that may change when a run is resumed: what is saved, logged and measured, and where and in which portions it is
-computed. All others decide the weights that the run ends with."""
+computed. All others decide the weights that the run ends with; ``batch_size`` moves them where a balanced loss,
+BatchTopK or ``kl_positions`` looks at a micro-batch as a whole."""
 
 
 def require_same_run(began: Config, now: Config, folder: Path, given: Collection[str] = ()) -> None:

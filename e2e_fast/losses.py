@@ -162,8 +162,9 @@ def balanced(sparsity: float, p_norm: float = 1.0, in_to_orig: InToOrigLoss | No
 def named(name: str, base: LossConfig, at: Sequence[str], available: Sequence[str]) -> LossConfig:
     """The loss of a kind, with the sparsity term of ``base`` and, where the kind has one, its downstream positions.
 
-    Without such positions every later ``hook_resid_pre`` is taken; ``at`` are the SAEs' positions, ``available`` the
-    model's, in its order. "balanced+downstream" keeps base's ``total_coeff`` (0.5, the share of the MSE, without one).
+    Without such positions every later ``hook_resid_pre`` is taken, in the last block its ``hook_resid_post``; ``at``
+    are the SAEs' positions, ``available`` the model's, in its order. "balanced+downstream" keeps base's ``total_coeff``
+    (0.5, the share of the MSE, without one).
     Raises ValueError for an unknown name and where nothing lies behind the SAEs.
     """
     if name not in get_args(LossName):
@@ -174,7 +175,9 @@ def named(name: str, base: LossConfig, at: Sequence[str], available: Sequence[st
     positions = base.downstream
     if not positions:
         first = min(available.index(position) for position in at)
-        positions = tuple(p for p in available[first + 1 :] if p.endswith("hook_resid_pre"))
+        behind = available[first + 1 :]
+        positions = tuple(p for p in behind if p.endswith("hook_resid_pre"))
+        positions = positions or tuple(p for p in behind if p.endswith("hook_resid_post"))
     if not positions:
         raise ValueError(f"{name} needs a residual stream behind the SAE; there is none in this model")
     if name == "e2e+downstream":
