@@ -34,6 +34,7 @@ from torch import Tensor
 
 from e2e_fast.measure import Timings
 from e2e_fast.positions import resolve_positions
+from e2e_fast.precision import exact
 
 if TYPE_CHECKING:
     from e2e_fast.lm import Original, Spliced
@@ -224,9 +225,11 @@ def compute_loss(
         sparsity = norms.sum() / (norms.numel() * act.input.shape[-1])
         add(f"sparsity/{position}", config.sparsity.coeff, sparsity)
         if config.out_to_in is not None:
-            add(f"out_to_in/{position}", half * config.out_to_in.coeff, nnf.mse_loss(act.input, act.output))
+            error = nnf.mse_loss(exact(act.input), exact(act.output))
+            add(f"out_to_in/{position}", half * config.out_to_in.coeff, error)
         if config.out_to_orig is not None:
-            add(f"out_to_orig/{position}", config.out_to_orig.coeff, nnf.mse_loss(act.output, original[position]))
+            error = nnf.mse_loss(exact(act.output), exact(original[position]))
+            add(f"out_to_orig/{position}", config.out_to_orig.coeff, error)
     if spliced is not None:
         if config.in_to_orig is not None:
             share = config.in_to_orig.total_coeff / len(config.in_to_orig.hook_positions)

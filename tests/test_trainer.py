@@ -321,6 +321,26 @@ def test_a_wandb_that_does_not_start_is_one_clear_line(
         e2e_fast.train(settings(wandb_project="p"), lm=model, tokens=tokens, quiet=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_has_float32_losses_and_metrics(tokens: np.ndarray, dtype: torch.dtype) -> None:
+    loud = {"in_to_orig": {"total_coeff": 1.0, "hook_positions": [LATER]}, "out_to_in": {"coeff": 0.5}}
+    loss = tiny.DOWNSTREAM | loud | {"out_to_orig": {"coeff": 0.5}}
+    model = tiny.gpt2()
+    with torch.no_grad():
+        model.transformer.wte.weight.mul_(1e5)  # squared errors above float16's greatest number
+    whole, half = (
+        e2e_fast.train(settings(loss=loss), lm=lm, tokens=tokens, quiet=True) for lm in (model, model.to(dtype))
+    )
+    ours, theirs = half.history[0], whole.history[0]
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        if key.startswith(("loss/train/out_to", "loss/train/in_to")) and "explained" not in key:
+            assert value > 65504, key
+            assert ours[key] == pytest.approx(value, rel=0.01), key
+            assert ours[key] != float(torch.tensor(ours[key]).to(dtype)), key
+    assert e2e_fast.evaluate(half.model, tokens)["performance/eval/orig_model_ce_loss"] > 0
+
+
 def test_wandb_gets_the_rows_when_it_is_asked_for(
     model: Any, tokens: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
