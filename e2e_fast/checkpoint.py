@@ -17,10 +17,11 @@ intact. e2e_sae's own folders (``samples_N.pt``) are read as well; pickles only 
 8
 """
 
+import contextlib
 import json
 import os
 import re
-import tempfile
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,18 +47,17 @@ def write_atomically(path: Path, data: bytes) -> Path:
 
     Raises CheckpointError when the disk is full or the folder cannot be written; nothing is left behind.
     """
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
+        with temporary.open("xb") as file:  # tempfile's would be the owner's alone, whatever the umask says
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise CheckpointError(
             f"cannot write {path}: {error.strerror or error}; older checkpoints are intact"
         ) from error
@@ -184,7 +184,7 @@ def _complete(folder: Path) -> set[int]:
 def remove_after(folder: Path, samples: int) -> None:
     """Removes what a killed process left beyond the checkpoint of ``samples``: later files, and unfinished ones."""
     for path in folder.glob(".*"):
-        if re.fullmatch(r"\.(samples_\d+|resume_\d+|final_config)\.\w+\.\w+", path.name):
+        if re.fullmatch(r"\.(samples_\d+|resume_\d+|final_config|summary)\.\w+\.\w+", path.name):
             path.unlink(missing_ok=True)
     for path in [*folder.glob("samples_*.safetensors"), *folder.glob("resume_*.safetensors")]:
         if int(path.stem.rsplit("_", 1)[1]) > samples:

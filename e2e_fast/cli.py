@@ -157,10 +157,6 @@ def overhead(
         "layer": layer, "features": features, "k": k, "batch_size": batch_size, "n_ctx": n_ctx, "steps": steps
     }  # fmt: skip
     rows = measure_overhead(model, **settings)
-    if as_json is not None:
-        record = {"model": model, **settings, "machine": describe(), "rows": rows}
-        as_json.parent.mkdir(parents=True, exist_ok=True)
-        as_json.write_text(json.dumps(record, indent=1) + "\n")
     for row in rows:
         phases = "  ".join(f"{name} {ms:.1f}" for name, ms in row["phases"].items())
         print(
@@ -168,6 +164,10 @@ def overhead(
             f"{row['tokens/s']:10,.0f} tokens/s  peak {row['peak_bytes'] / 2**20:7.0f} MB  "
             f"{row['floor_share']:4.0%} of the FLOP floor's rate\n    {phases}"
         )
+    if as_json is not None:  # at the end: where it cannot be written, the measurement is not lost
+        record = {"model": model, **settings, "machine": describe(), "rows": rows}
+        as_json.parent.mkdir(parents=True, exist_ok=True)
+        as_json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 @bench.command("sharing")

@@ -46,6 +46,9 @@ from e2e_fast.sources import DatasetConfig
 Paths = Annotated[tuple[Path, ...] | None, BeforeValidator(lambda v: (v,) if isinstance(v, (str, Path)) else v)]
 
 
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+"""What torch takes as one."""
+
 EVAL_SEED_OFFSET = 42
 """e2e_sae evaluates on data shuffled with the training seed plus this, unless ``eval_data.seed`` is set."""
 
@@ -57,7 +60,7 @@ class ConfigError(ValueError):
 class SAEsConfig(BaseModel):
     """Where the SAEs sit and how large they are."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     sae_positions: Positions = Field(min_length=1)
     """TransformerLens hook names, or parts of names that match several positions."""
@@ -93,7 +96,7 @@ _Loss = Annotated[
 class PhaseConfig(BaseModel):
     """A stretch of training with a loss of its own."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     until: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Where the phase ends, as a share of ``n_samples``. The last phase has none: it ends with the run."""
@@ -108,11 +111,11 @@ class PhaseConfig(BaseModel):
 class SweepConfig(BaseModel):
     """Values to train with side by side: one set of SAEs for each combination, all on the same batches."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     sparsity_coeff: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)] | None = None
     """For ``loss.sparsity.coeff``."""
-    seed: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] | None = None
+    seed: Annotated[tuple[Seed, ...], Field(min_length=1)] | None = None
     """Of the first weights; the data keep the run's order."""
     k: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
     dict_size_to_input_ratio: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] | None = None
@@ -135,13 +138,13 @@ class SweepConfig(BaseModel):
 class Config(BaseModel):
     """One training run. Sample counts are sequences, never tokens."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     wandb_project: str | None = None
     """None: no wandb."""
     wandb_run_name: str | None = None
     wandb_run_name_prefix: str = ""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     tlens_model_name: str | None = None
     """What ``load_lm`` takes: a Hugging Face name, a folder, or ``embedded``. Exactly one of this and the next."""
     tlens_model_path: Path | None = None
@@ -345,7 +348,8 @@ RESUMABLE_WITH = frozenset(
     }
 )  # fmt: skip
 """Keys that may change when a run is resumed: what is saved, logged and measured, and where and in which portions it is
-computed. All others decide the weights that the run ends with."""
+computed. All others decide the weights that the run ends with; ``batch_size`` moves them where a balanced loss,
+BatchTopK or ``kl_positions`` looks at a micro-batch as a whole."""
 
 
 def require_same_run(began: Config, now: Config, folder: Path, given: Collection[str] = ()) -> None:

@@ -449,6 +449,12 @@ class Unembedding(nn.Module):
             self._reduced = key, self.weight.detach().to(dtype)
         return self._reduced[1]
 
+    def exact(self) -> "Unembedding":
+        """The same in float32, of a model in half precision; else itself."""
+        if self.weight.dtype in (torch.float32, torch.float64):
+            return self
+        return Unembedding(self.weight.float(), None if self.bias is None else self.bias.float(), self.softcap)
+
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] → logits [..., V]."""
         logits = nnf.linear(hidden, self.weight, self.bias)

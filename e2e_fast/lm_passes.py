@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from e2e_fast import kernels
 from e2e_fast.lm_blocks import Call, Replacement, Visit, blocks_needed, parse_position
-from e2e_fast.precision import as_given, lowered
+from e2e_fast.precision import as_given, exact, lowered
 
 if TYPE_CHECKING:
     from e2e_fast.lm import LM
@@ -177,7 +177,7 @@ class Spliced:
 
     def mse(self, position: str) -> Tensor:
         """Mean squared difference between what arrives at a position and the original, over tokens and channels."""
-        return nnf.mse_loss(self[position], self._original[position])
+        return nnf.mse_loss(exact(self[position]), exact(self._original[position]))
 
 
 def share_kl(passes: Sequence[Spliced], *, gradient: bool = True) -> None:

@@ -9,6 +9,7 @@ A row is a dict from e2e_sae's key names to numbers, with ``samples`` (sequences
 '{"samples": 8, "loss": 0.5}\\n'
 """
 
+import contextlib
 import json
 import sys
 import time
@@ -16,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from e2e_fast.checkpoint import CheckpointError
 from e2e_fast.optional import require
 
 Row = Mapping[str, float]
@@ -48,11 +50,17 @@ class JsonlLog:
     def advance(self, samples: int) -> None: ...
 
     def row(self, row: Row) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write {self.path}: {error.strerror or error}; checkpoints are intact"
+            ) from error
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what did not reach the disk has been raised by `row`
+            self._file.close()
 
 
 def keep_rows(path: Path, size: int) -> list[dict[str, float]]:
@@ -114,7 +122,13 @@ class WandbLog:
     def __init__(self, project: str, name: str, settings: Mapping[str, Any], *, alone: bool = True) -> None:
         wandb = require("wandb", f"logging to wandb_project {project!r}", extra="wandb")
         further: dict[str, Any] = {} if alone else {"reinit": "create_new"}
-        self._run = wandb.init(project=project, name=name, config=dict(settings), **further)
+        try:
+            self._run = wandb.init(project=project, name=name, config=dict(settings), **further)
+        except wandb.Error as error:
+            raise ValueError(
+                f"wandb_project {project!r}: wandb starts no run ({' '.join(str(error).split())}); log in with "
+                "`wandb login`, set WANDB_MODE=offline, or leave the key out"
+            ) from error
 
     def start(self, total_samples: int | None) -> None: ...
 

@@ -34,12 +34,15 @@ from torch import Tensor
 
 from e2e_fast.measure import Timings
 from e2e_fast.positions import resolve_positions
+from e2e_fast.precision import exact
 
 if TYPE_CHECKING:
     from e2e_fast.lm import Original, Spliced
     from e2e_fast.sae import SAEActs
 
-Positions = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]
+Positions = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)
+]
 """One position or a list of them: TransformerLens names, or parts of names that match several."""
 
 
@@ -51,22 +54,22 @@ KL_FLOOR = 1e-8
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class SparsityLoss(_Frozen):
     """‖c‖_p of the codes, divided by the width of the SAE's input."""
 
     coeff: NonNegativeFloat
-    p_norm: NonNegativeFloat = 1.0
-    """0: the L0, which JumpReLU alone can train on. [ours]"""
+    p_norm: Annotated[NonNegativeFloat, Field(allow_inf_nan=True)] = 1.0
+    """0: the L0, which JumpReLU alone can train on. [ours] ``.inf``: the largest code."""
 
 
 class InToOrigLoss(_Frozen):
     """MSE of later activations; the coefficient is split evenly over the positions."""
 
     total_coeff: NonNegativeFloat
-    hook_positions: Positions
+    hook_positions: Positions = Field(min_length=1)
 
 
 class WeightedLoss(_Frozen):
@@ -160,8 +163,9 @@ def balanced(sparsity: float, p_norm: float = 1.0, in_to_orig: InToOrigLoss | No
 def named(name: str, base: LossConfig, at: Sequence[str], available: Sequence[str]) -> LossConfig:
     """The loss of a kind, with the sparsity term of ``base`` and, where the kind has one, its downstream positions.
 
-    Without such positions every later ``hook_resid_pre`` is taken; ``at`` are the SAEs' positions, ``available`` the
-    model's, in its order. "balanced+downstream" keeps base's ``total_coeff`` (0.5, the share of the MSE, without one).
+    Without such positions every later ``hook_resid_pre`` is taken, in the last block its ``hook_resid_post``; ``at``
+    are the SAEs' positions, ``available`` the model's, in its order. "balanced+downstream" keeps base's ``total_coeff``
+    (0.5, the share of the MSE, without one).
     Raises ValueError for an unknown name and where nothing lies behind the SAEs.
     """
     if name not in get_args(LossName):
@@ -172,7 +176,9 @@ def named(name: str, base: LossConfig, at: Sequence[str], available: Sequence[st
     positions = base.downstream
     if not positions:
         first = min(available.index(position) for position in at)
-        positions = tuple(p for p in available[first + 1 :] if p.endswith("hook_resid_pre"))
+        behind = available[first + 1 :]
+        positions = tuple(p for p in behind if p.endswith("hook_resid_pre"))
+        positions = positions or tuple(p for p in behind if p.endswith("hook_resid_post"))
     if not positions:
         raise ValueError(f"{name} needs a residual stream behind the SAE; there is none in this model")
     if name == "e2e+downstream":
@@ -219,9 +225,11 @@ def compute_loss(
         sparsity = norms.sum() / (norms.numel() * act.input.shape[-1])
         add(f"sparsity/{position}", config.sparsity.coeff, sparsity)
         if config.out_to_in is not None:
-            add(f"out_to_in/{position}", half * config.out_to_in.coeff, nnf.mse_loss(act.input, act.output))
+            error = nnf.mse_loss(exact(act.input), exact(act.output))
+            add(f"out_to_in/{position}", half * config.out_to_in.coeff, error)
         if config.out_to_orig is not None:
-            add(f"out_to_orig/{position}", config.out_to_orig.coeff, nnf.mse_loss(act.output, original[position]))
+            error = nnf.mse_loss(exact(act.output), exact(original[position]))
+            add(f"out_to_orig/{position}", config.out_to_orig.coeff, error)
     if spliced is not None:
         if config.in_to_orig is not None:
             share = config.in_to_orig.total_coeff / len(config.in_to_orig.hook_positions)

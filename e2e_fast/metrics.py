@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from e2e_fast.precision import as_given
+from e2e_fast.precision import as_given, exact
 
 if TYPE_CHECKING:
     from e2e_fast.lm import Original, Spliced
@@ -94,8 +94,8 @@ def performance(original: "Original", spliced: "Spliced", tokens: Tensor) -> dic
 
     tokens [B, T]; returns scalars under e2e_sae's names (without the "performance/{split}/" prefix).
     """
-    unembed = original.lm.unembed
-    hidden = torch.stack([original.final, spliced.final]).flatten(1, 2).float()  # (2, N, D)
+    unembed = original.lm.unembed.exact()
+    hidden = exact(torch.stack([original.final, spliced.final]).flatten(1, 2))  # (2, N, D)
     following = torch.cat(
         [tokens[:, 1:], tokens.new_full((len(tokens), 1), -100)], dim=1
     ).flatten()  # -100: no next token

@@ -55,10 +55,10 @@ def measure_overhead(
     features: d_sae (default 8 · d_in); k active features a token; batch_size sequences of n_ctx tokens (default: the
     model's context, at most 512); ``steps`` optimizer steps a round. Tokens are random unless the model is "embedded".
 
-    A row holds ``kind``, ``phases`` (milliseconds a step by the names of `PHASES`, those that the kind has), ``ms``
-    (their sum), ``tokens/s``, ``peak_bytes``, ``floor_gflop``, ``floor_share`` (floor time / time) and ``overhead``
-    (time / local time). A phase is timed without those inside it: "student" is the model behind the SAE, "losses" all
-    losses but the KL.
+    A row holds ``kind``, what was measured (``layer``, ``features``, ``n_ctx``), ``phases`` (milliseconds a step by the
+    names of `PHASES`, those that the kind has), ``ms`` (their sum), ``tokens/s``, ``peak_bytes``, ``floor_gflop``,
+    ``floor_share`` (floor time / time) and ``overhead`` (time / local time). A phase is timed without those inside it:
+    "student" is the model behind the SAE, "losses" all losses but the KL.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     lm = load_lm(model, device=device)
@@ -94,6 +94,7 @@ def measure_overhead(
     local, balanced = rows[0], rows.pop()
     rows.append(_schedule(local, balanced))
     for row in rows:
+        row |= {"layer": layer, "features": features, "n_ctx": n_ctx}
         row["floor_share"] = row["floor_gflop"] * 1e9 / rate / (row["ms"] / 1e3)
         row["overhead"] = row["ms"] / local["ms"]
     return rows

@@ -57,6 +57,11 @@ def lowered(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors if dtype is None else tuple(tensor.to(dtype) for tensor in tensors)
 
 
+def exact(tensor: Tensor) -> Tensor:
+    """In float32, for losses of what a model in half precision gives; float32 and float64 as they are."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def as_given(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """``with as_given(device)``: operators take their inputs' dtypes, whatever is around."""
     # The meta device, which has shapes alone, knows no autocast; and a context that changes nothing takes 20 µs.

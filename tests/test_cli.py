@@ -77,6 +77,30 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(
     assert "final_config.yaml" in capsys.readouterr().err
 
 
+def test_a_damaged_configuration_of_a_run_is_one_clear_line(
+    tmp_path: Path, command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "samples_8.safetensors").write_bytes(b"")
+    for content, message in (
+        ("x: [", "is no readable YAML"),
+        ("- x", "must hold a mapping of keys to values, got list"),
+    ):
+        (tmp_path / "final_config.yaml").write_text(content)
+        for name in ("eval", "report"):
+            assert command(name, str(tmp_path)) == cli.EXIT_BAD_INPUT
+            assert message in capsys.readouterr().err
+
+
+def test_a_report_that_cannot_be_written_is_printed_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"kind": "local", "phases": {"data": 1.0}, "ms": 1.0, "tokens/s": 1.0, "peak_bytes": 1, "floor_share": 1.0}]
+    monkeypatch.setattr("e2e_fast.overhead.measure_overhead", lambda *_, **__: [rows[0] | {"overhead": 1.0}])
+    (tmp_path / "file").touch()
+    assert command("bench", "overhead", "--json", str(tmp_path / "file" / "x.json")) == cli.EXIT_BAD_INPUT
+    assert "1.00 × local" in capsys.readouterr().out
+
+
 def test_info_names_what_is_active(command: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     assert command("info") == 0
     out = capsys.readouterr().out

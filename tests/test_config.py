@@ -116,6 +116,12 @@ def test_a_published_configuration_loads_unchanged(tmp_path: Path) -> None:
         (published(cooldown_samples=8), "'cosine' needs cooldown_samples 0, got 8"),
         (published(eval_data=None), "eval_every_n_samples needs eval_data"),
         (published(saes__sae_positions=[]), "saes.sae_positions"),
+        (published(saes__sae_positions=""), "saes.sae_positions.0: String should have at least 1 character"),
+        (published(saes__dict_size_to_input_ratio=float("inf")), "ratio: Input should be a finite number; got inf"),
+        (published(lr=float("inf")), "lr: Input should be a finite number; got inf"),
+        (published(loss__sparsity__coeff=float("inf")), "coeff: Input should be a finite number; got inf"),
+        (published(loss__in_to_orig={"total_coeff": 1, "hook_positions": []}), "hook_positions: Tuple should have at"),
+        (published(seed=2**63), "seed: Input should be less than 9223372036854775808"),
     ],
 )
 def test_a_mistake_is_named_with_its_key(settings: dict[str, Any], message: str) -> None:

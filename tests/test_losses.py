@@ -111,6 +111,17 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(setting: Any) -> Non
     torch.testing.assert_close(sae.W_enc.grad, whole, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("kind", ["e2e+downstream", "balanced+downstream"])
+def test_behind_an_sae_in_the_last_block_lies_the_stream_after_it(setting: Any, kind: str) -> None:
+    lm, _, _ = setting
+    last = lm.n_layers - 1
+    for stage in ("hook_resid_pre", "hook_mlp_out"):
+        named = losses.named(kind, losses.local(0.3), [f"blocks.{last}.{stage}"], lm.positions())
+        assert named.downstream == (f"blocks.{last}.hook_resid_post",)
+    with pytest.raises(ValueError, match="there is none in this model"):
+        losses.named(kind, losses.local(0.3), [f"blocks.{last}.hook_resid_post"], lm.positions())
+
+
 def test_performance_in_chunks_equals_whole_logits(setting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     lm, sae, tokens = setting
     result = forward_step(lm, {AT: sae}, losses.e2e(0.3), tokens)

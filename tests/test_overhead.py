@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from e2e_fast.cli import app
+from e2e_fast.lm import load_lm
 from e2e_fast.overhead import BALANCED_SHARE, PHASES, floor_flops, measure_overhead, measure_sharing
 
 SMALL: dict[str, Any] = {"steps": 2, "rounds": 1, "batch_size": 2, "n_ctx": 16}
@@ -50,6 +51,9 @@ def test_the_command_writes_the_rows_it_prints(tmp_path: Path) -> None:
     assert result.exit_code == 0
     record = json.loads(path.read_text())
     assert (record["model"], record["batch_size"], record["n_ctx"]) == ("embedded", 1, 16)
+    lm = load_lm("embedded")
+    for row in record["rows"]:  # what was measured, also where it is a default
+        assert (row["layer"], row["features"], row["n_ctx"]) == (lm.n_layers // 2, 8 * lm.d_model, 16)
     assert record["machine"]["torch"]
     for row in record["rows"]:
         assert row["kind"] in result.stdout

@@ -1,6 +1,7 @@
 """Training from end to end on a tiny model: what is saved, logged, resumed and refused."""
 
 import errno
+import io
 import json
 import math
 import os
@@ -272,6 +273,72 @@ def test_a_full_disk_leaves_the_older_checkpoint_whole(
     names = sorted(p.name for p in trainer.folder.iterdir())
     assert names == ["final_config.yaml", "metrics.jsonl", "resume_16.safetensors", "samples_16.safetensors"]
     e2e_fast.SAETransformer.from_local_path(trainer.folder, lm=model)
+
+
+def test_files_of_a_run_can_be_read_by_whom_the_umask_lets(model: Any, tokens: np.ndarray, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        run = e2e_fast.train(settings(tmp_path), lm=model, tokens=tokens, quiet=True)
+    finally:
+        os.umask(before)
+    assert run.folder is not None
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in run.folder.iterdir()}
+    assert len(modes) == 5
+    assert set(modes.values()) == {"0o640"}, modes
+
+
+def test_rows_that_find_no_room_are_named_with_their_file(
+    model: Any, tokens: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = e2e_fast.Trainer(settings(tmp_path), lm=model, tokens=tokens, quiet=True)
+
+    class Full(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        close = flush
+
+    def opened(path: Path, mode: str = "r", *more: Any, **options: Any) -> Any:
+        return Full() if path.name == "metrics.jsonl" else open(path, mode, *more, **options)
+
+    monkeypatch.setattr(Path, "open", opened)
+    with pytest.raises(CheckpointError, match=r"cannot write .*metrics.jsonl: No space left"):
+        trainer.fit()
+
+
+def test_a_wandb_that_does_not_start_is_one_clear_line(
+    model: Any, tokens: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class UsageError(Exception):
+        pass
+
+    def init(**_: Any) -> None:
+        raise UsageError("No API key configured.\nUse `wandb login`")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Error=UsageError))
+    message = r"wandb_project 'p': wandb starts no run \(No API key configured. Use `wandb login`\); log in .*=offline"
+    with pytest.raises(ValueError, match=message):
+        e2e_fast.train(settings(wandb_project="p"), lm=model, tokens=tokens, quiet=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_has_float32_losses_and_metrics(tokens: np.ndarray, dtype: torch.dtype) -> None:
+    loud = {"in_to_orig": {"total_coeff": 1.0, "hook_positions": [LATER]}, "out_to_in": {"coeff": 0.5}}
+    loss = tiny.DOWNSTREAM | loud | {"out_to_orig": {"coeff": 0.5}}
+    model = tiny.gpt2()
+    with torch.no_grad():
+        model.transformer.wte.weight.mul_(1e5)  # squared errors above float16's greatest number
+    whole, half = (
+        e2e_fast.train(settings(loss=loss), lm=lm, tokens=tokens, quiet=True) for lm in (model, model.to(dtype))
+    )
+    ours, theirs = half.history[0], whole.history[0]
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        if key.startswith(("loss/train/out_to", "loss/train/in_to")) and "explained" not in key:
+            assert value > 65504, key
+            assert ours[key] == pytest.approx(value, rel=0.01), key
+            assert ours[key] != float(torch.tensor(ours[key]).to(dtype)), key
+    assert e2e_fast.evaluate(half.model, tokens)["performance/eval/orig_model_ce_loss"] > 0
 
 
 def test_wandb_gets_the_rows_when_it_is_asked_for(
