@@ -24,6 +24,7 @@ test: install
 check: install cpp-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/* tests/cpp/*
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # The C++ core by itself, under the address and undefined-behaviour sanitizers.

@@ -14,8 +14,8 @@ namespace e2e {
 namespace {
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
-constexpr double kWarmEps = 1e-3;    // first ε of a warm auction, in units of the range of the values
-constexpr double kFreed = 0.05;      // share of freed rows above which an auction beats shortest paths alone
+constexpr double kWarmEps = 1e-3;  // first ε of a warm auction, in units of the range of the values
+constexpr double kFreed = 0.05;    // share of freed rows above which an auction beats shortest paths alone
 
 /// A row's two best offers: value − price and the columns; second is −∞ for a single edge.
 struct Offers {
@@ -78,8 +78,8 @@ void keep_tight(const Graph& g, Assignment& a, double slack) {
   }
 }
 
-/// ε-scaling auction for rows == cols, from `first_eps` (in units of the values' range) and the prices in `a`, which only
-/// rise: first in, first out; ends each phase with every row within ε of its best.
+/// ε-scaling auction for rows == cols, from `first_eps` (in units of the values' range) and the prices in `a`, which
+/// only rise: first in, first out; ends each phase with every row within ε of its best.
 void auction(const Graph& g, Assignment& a, double first_eps, int64_t budget) {
   const double range = value_range(g);
   std::vector<int32_t> queue;
@@ -206,7 +206,9 @@ class ShortestPaths {
   struct Entry {
     double reach;
     int32_t col;
-    bool operator<(const Entry& other) const { return reach > other.reach || (reach == other.reach && col > other.col); }
+    bool operator<(const Entry& other) const {
+      return reach > other.reach || (reach == other.reach && col > other.col);
+    }
   };
 
   const Graph& g_;
@@ -228,13 +230,15 @@ void check_graph(const Graph& g) {
                                 std::to_string(g.cols) + " cols; transpose the graph");
   if (g.start[0] != 0) throw std::invalid_argument("start must begin with 0, got " + std::to_string(g.start[0]));
   for (int64_t i = 0; i < g.rows; ++i)
-    if (g.start[i + 1] < g.start[i]) throw std::invalid_argument("start must ascend, it falls after row " + std::to_string(i));
+    if (g.start[i + 1] < g.start[i])
+      throw std::invalid_argument("start must ascend, it falls after row " + std::to_string(i));
   for (int64_t e = 0; e < g.start[g.rows]; ++e) {
     if (g.col[e] < 0 || g.col[e] >= g.cols)
-      throw std::invalid_argument("col must lie in [0, " + std::to_string(g.cols) + "), got " + std::to_string(g.col[e]) +
-                                  " at edge " + std::to_string(e));
+      throw std::invalid_argument("col must lie in [0, " + std::to_string(g.cols) + "), got " +
+                                  std::to_string(g.col[e]) + " at edge " + std::to_string(e));
     if (!std::isfinite(g.value[e]))
-      throw std::invalid_argument("value must be finite, got " + std::to_string(g.value[e]) + " at edge " + std::to_string(e));
+      throw std::invalid_argument("value must be finite, got " + std::to_string(g.value[e]) + " at edge " +
+                                  std::to_string(e));
   }
 }
 
@@ -364,7 +368,8 @@ void build_rows(const Pair* pair, int64_t pairs, int64_t rows, std::vector<int64
     std::copy(placed.begin() + begin[i], placed.begin() + begin[i] + kept[i], sorted_col.begin() + start[i]);
 }
 
-void transpose_rows(const Graph& g, std::vector<int64_t>& start, std::vector<int32_t>& row, std::vector<double>& value) {
+void transpose_rows(const Graph& g, std::vector<int64_t>& start, std::vector<int32_t>& row,
+                    std::vector<double>& value) {
   const int64_t edges = g.start[g.rows];
   start.assign(g.cols + 1, 0);
   row.resize(edges);

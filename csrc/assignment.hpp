@@ -1,8 +1,8 @@
 /// Sparse linear assignment, maximising: every row to one column of its own, exact, with dual prices.
 ///
 /// With prices p_j and u_i = max_j (s_ij − p_j) over row i's edges, any complete matching totals at most Σ u + Σ p (for
-/// rows < cols: when p ≥ 0). A matching that uses only tight edges (s_ij − p_j = u_i), and leaves unmatched only columns
-/// of price 0 when rows < cols, attains it: it is optimal.
+/// rows < cols: when p ≥ 0). A matching that uses only tight edges (s_ij − p_j = u_i), and leaves unmatched only
+/// columns of price 0 when rows < cols, attains it: it is optimal.
 ///
 /// Method: an ε-scaling auction (Bertsekas 1988) brings prices near the optimum; rows whose edge is exactly tight keep
 /// it, the others are matched by shortest augmenting paths (Jonker and Volgenant 1987), which end exact in float64: no
@@ -40,8 +40,8 @@ void check_graph(const Graph& graph);
 /// matching covers all rows.
 Assignment assign(const Graph& graph, int64_t bids_per_row = 300);
 
-/// The optimum again after edges were added: from the old prices when rows == cols (they only rise; a short auction first
-/// where many rows lost their column), from scratch otherwise, where a freed column's price would have to fall.
+/// The optimum again after edges were added: from the old prices when rows == cols (they only rise; a short auction
+/// first where many rows lost their column), from scratch otherwise, where a freed column's price would have to fall.
 void reassign(const Graph& graph, Assignment& state);
 
 /// Group of exchangeable pairs of each row, numbered from 0 in order of its first row; −1 where the row's column is
@@ -53,7 +53,8 @@ void build_rows(const Pair* pair, int64_t pairs, int64_t rows, std::vector<int64
                 std::vector<int32_t>& sorted_col, int threads);
 
 /// The graph's edges by column: start (cols + 1,), rows ascending. O(edges + cols).
-void transpose_rows(const Graph& graph, std::vector<int64_t>& start, std::vector<int32_t>& row, std::vector<double>& value);
+void transpose_rows(const Graph& graph, std::vector<int64_t>& start, std::vector<int32_t>& row,
+                    std::vector<double>& value);
 
 /// The graph with distinct pairs added, columns ascending; a pair it already has keeps the graph's value.
 /// O(edges + pairs · log pairs).

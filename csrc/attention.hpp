@@ -21,10 +21,11 @@ struct Attention {
   Heads<const float> q, k, v;  // (B, H, T, D), (B, K, T, D), (B, K, T, D)
   int64_t B, H, K, T, D;
   float scale;
-  int64_t window;  // ≥ 1; T and more: all tokens before
-  float softcap;   // 0: none
+  int64_t window;    // ≥ 1; T and more: all tokens before
+  float softcap;     // 0: none
   Heads<float> out;  // (B, H, T, D)
-  float *top, *inverse;  // (B, H, T): the greatest score in units of ln 2, or 0 where all are small, and the sum's inverse
+  float* top;        // (B, H, T): the greatest score in units of ln 2, or 0 where all are small
+  float* inverse;    // (B, H, T): 1 / the sum of exponentials
 };
 
 /// From `out`, `top`, `inverse` and the gradient g of out:
@@ -40,8 +41,8 @@ struct AttentionGradient {
 int64_t attention_scratch(const Attention& job, bool gradient, int threads);
 
 /// `scratch` is aligned to 64 bytes. The result has the same bits for any number of threads. T²/2 pairs, two products
-/// of D and an exponential each. NaN and infinities of a token may reach the up to 47 tokens before it, and, where scores
-/// may be beyond ±31, its numbers the rounding there.
+/// of D and an exponential each. NaN and infinities of a token may reach the up to 47 tokens before it, and, where
+/// scores may be beyond ±31, its numbers the rounding there.
 void attention(const Attention& job, float* scratch, int threads);
 
 /// The same for the gradient: five products and an exponential a pair. A thread takes a key head of a batch row.

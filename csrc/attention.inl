@@ -1,20 +1,20 @@
 /// A block of queries stands in lanes, kBlock of them in three registers, everything of it transposed: q [d][query],
-/// scores [key][query], sums [d][query]. Keys and values are broadcast, so that maxima, sums and exponentials never cross
-/// lanes. Keys come in chunks that stay in the caches; up to the block's first query all lanes see them, after it a
-/// register's worth at a time with the registers that may see them. Scores are in units of ln 2:
+/// scores [key][query], sums [d][query]. Keys and values are broadcast, so that maxima, sums and exponentials never
+/// cross lanes. Keys come in chunks that stay in the caches; up to the block's first query all lanes see them, after it
+/// a register's worth at a time with the registers that may see them. Scores are in units of ln 2:
 ///
 ///   s = K q      m' = max(m, s)      p = 2^(s - m')      total = 2^(m - m') total + Σ p      o = 2^(m - m') o + Vᵀ p
 ///
 /// Where norms bound the scores (|s| ≤ |q| |k|) m is 0: there are no maxima and nothing to bring to new ones. The
-/// gradient knows the last m and total, so p comes at once, beside ds = p (V g - g·out). Its sums over queries (dk, dv) have
-/// channels in lanes instead, and broadcast p and ds.
+/// gradient knows the last m and total, so p comes at once, beside ds = p (V g - g·out). Its sums over queries (dk, dv)
+/// have channels in lanes instead, and broadcast p and ds.
 
 #include "blocks.inl"
 #include "elementary.inl"
 
-constexpr int64_t kKeys = 64;            // of a chunk
-constexpr float kLowest = -3.4e38f;      // the score of a key that may not be seen
-constexpr float kBounded = 46;           // scores up to this need no maximum: 2^±46 leaves room for sums and values
+constexpr int64_t kKeys = 64;        // of a chunk
+constexpr float kLowest = -3.4e38f;  // the score of a key that may not be seen
+constexpr float kBounded = 46;       // scores up to this need no maximum: 2^±46 leaves room for sums and values
 
 static int64_t query_tokens() { return kBlock; }
 
@@ -56,8 +56,7 @@ static void unpack(const float* packed, int64_t count, int64_t D, float* rows, i
 template <int B>
 E2E_INLINE void row_products(const float* rows, int64_t count, int64_t P, const float* columns, int64_t D, float* out) {
   int64_t r = 0;
-  for (; r + kRows <= count; r += kRows)
-    row_tile<kRows, B>(rows + r * P, P, 1, columns, D, nullptr, out + r * kBlock);
+  for (; r + kRows <= count; r += kRows) row_tile<kRows, B>(rows + r * P, P, 1, columns, D, nullptr, out + r * kBlock);
   for (; r < count; ++r) row_tile<1, B>(rows + r * P, P, 1, columns, D, nullptr, out + r * kBlock);
 }
 
@@ -114,7 +113,8 @@ E2E_INLINE void outer_tile(const float* weights, const float* rows, int64_t coun
 }
 
 /// The same for `keys` rows of weights and all of P channels.
-E2E_INLINE void outer_products(const float* weights, int64_t keys, const float* rows, int64_t count, int64_t P, float* sums) {
+E2E_INLINE void outer_products(const float* weights, int64_t keys, const float* rows, int64_t count, int64_t P,
+                               float* sums) {
   const auto channels = [&]<int C>(int64_t d) {
     int64_t r = 0;
     for (; r + kRows <= keys; r += kRows)
@@ -165,7 +165,9 @@ static void cap_scores(float* s, int64_t n, float cap) {
 }
 
 /// What q is multiplied by, so that products with keys are scores in units of ln 2, or what tanh is taken of.
-static float query_scale(const Attention& job) { return job.softcap > 0 ? job.scale / job.softcap : job.scale * kLog2E; }
+static float query_scale(const Attention& job) {
+  return job.softcap > 0 ? job.scale / job.softcap : job.scale * kLog2E;
+}
 
 // --- Forward --------------------------------------------------------------------------------------------------------
 
@@ -177,7 +179,7 @@ struct KeyHead {
 
 /// A block of queries on its way through the keys.
 struct Softmax {
-  float *q, *sums, *s;          // [d][query], [d][query], [key][query]
+  float *q, *sums, *s;  // [d][query], [d][query], [key][query]
   Lanes top[3], total[3];
 };
 
@@ -302,9 +304,9 @@ struct KeyHeadGradient {
 
 /// A block of queries with what its gradient starts from.
 struct QueryGradient {
-  float *q, *g, *dq;        // [d][query]
-  float *q_rows, *g_rows;   // [query][P]
-  float *p, *ds;            // [key][query]
+  float *q, *g, *dq;                  // [d][query]
+  float *q_rows, *g_rows;             // [query][P]
+  float *p, *ds;                      // [key][query]
   Lanes top[3], inverse[3], mean[3];  // mean: g · out
 };
 
@@ -316,7 +318,8 @@ static void differentiate(const Attention& of, const Chunk& chunk, int64_t first
   const float *const keys = head.keys + chunk.key * P, *const values = head.values + chunk.key * P;
   const float *const q_rows = block.q_rows + at * P, *const g_rows = block.g_rows + at * P;
   float *const p = block.p + at, *const ds = block.ds + at;
-  const Lanes *const top = block.top + chunk.c, *const inverse = block.inverse + chunk.c, *const mean = block.mean + chunk.c;
+  const Lanes *const top = block.top + chunk.c, *const inverse = block.inverse + chunk.c,
+                     *const mean = block.mean + chunk.c;
   const float cap = of.softcap * kLog2E;
   row_products<B>(keys, n, P, block.q + at, of.D, p);
   row_products<B>(values, n, P, block.g + at, of.D, ds);
@@ -347,8 +350,16 @@ static void gradient_block(const AttentionGradient& job, int64_t b, int64_t h, i
   const int64_t P = padded(of.D);
   float* next = head.block;
   const auto take = [&](int64_t floats) { return std::exchange(next, next + floats); };
-  QueryGradient block{take(kBlock * P), take(kBlock * P), take(kBlock * P), take(kBlock * P), take(kBlock * P),
-                      take(kKeys * kBlock), take(kKeys * kBlock), {}, {}, {}};
+  QueryGradient block{take(kBlock * P),
+                      take(kBlock * P),
+                      take(kBlock * P),
+                      take(kBlock * P),
+                      take(kBlock * P),
+                      take(kKeys * kBlock),
+                      take(kKeys * kBlock),
+                      {},
+                      {},
+                      {}};
   const float *const queries = of.q.row(b, h, first), *const gradients = job.dout.row(b, h, first);
   transpose_in(queries, of.q.token, count, of.D, query_scale(of), block.q);
   transpose_in(gradients, job.dout.token, count, of.D, 1, block.g);

@@ -67,8 +67,17 @@ static LinearKl linear_kl_job(const Array<float>& students, const Array<float>& 
              students.shape(2) == teacher.shape(1) && teacher.shape(1) == weight.shape(1) && weight.shape(0) > 0,
          "students must be (S, N, D), teacher (N, D) and weight (V, D), V > 0");
   expect(!bias || bias->size() == weight.shape(0), "bias must be (V,)");
-  return {students.data(),   teacher.data(),    weight.data(),   in(bias), students.shape(0), teacher.shape(0),
-          teacher.shape(1), weight.shape(0), softcap, nullptr,  nullptr};
+  return {.students = students.data(),
+          .teacher = teacher.data(),
+          .weight = weight.data(),
+          .bias = in(bias),
+          .S = students.shape(0),
+          .N = teacher.shape(0),
+          .D = teacher.shape(1),
+          .V = weight.shape(0),
+          .softcap = softcap,
+          .loss = nullptr,
+          .dstudents = nullptr};
 }
 
 static void bind_linear_kl(py::module_& m) {
@@ -136,7 +145,20 @@ static Attention attention_job(const py::array_t<float>& q, const py::array_t<fl
   expect(softmax.size() == 2 * B * H * T, "softmax must be (2, B, H, T)");
   expect(window >= 1 && softcap >= 0, "window must be at least 1, softcap at least 0");
   float* const top = softmax.mutable_data();
-  return {in_heads(q), in_heads(k), in_heads(v), B, H, K, T, D, scale, window, softcap, out_heads(out), top, top + B * H * T};
+  return {.q = in_heads(q),
+          .k = in_heads(k),
+          .v = in_heads(v),
+          .B = B,
+          .H = H,
+          .K = K,
+          .T = T,
+          .D = D,
+          .scale = scale,
+          .window = window,
+          .softcap = softcap,
+          .out = out_heads(out),
+          .top = top,
+          .inverse = top + B * H * T};
 }
 
 static void bind_attention(py::module_& m) {
@@ -155,30 +177,35 @@ static void bind_attention(py::module_& m) {
       [](const Strided& q, const Strided& k, const Strided& v, float scale, int64_t window, float softcap, Strided out,
          Array<float> softmax, Array<float> scratch, int threads) {
         const Attention job = attention_job(q, k, v, scale, window, softcap, out, softmax);
-        expect(scratch.size() >= attention_scratch(job, false, threads), "scratch must have attention_scratch() elements");
+        expect(scratch.size() >= attention_scratch(job, false, threads),
+               "scratch must have attention_scratch() elements");
         float* const memory = scratch.mutable_data();
         const py::gil_scoped_release release;
         attention(job, memory, threads);
       },
-      py::arg("q").noconvert(), py::arg("k").noconvert(), py::arg("v").noconvert(), py::arg("scale"),
-      py::arg("window"), py::arg("softcap"), py::arg("out").noconvert(), py::arg("softmax").noconvert(), py::arg("scratch").noconvert(), py::arg("threads"));
+      py::arg("q").noconvert(), py::arg("k").noconvert(), py::arg("v").noconvert(), py::arg("scale"), py::arg("window"),
+      py::arg("softcap"), py::arg("out").noconvert(), py::arg("softmax").noconvert(), py::arg("scratch").noconvert(),
+      py::arg("threads"));
   m.def(
       "attention_gradient",
       [](const Strided& q, const Strided& k, const Strided& v, float scale, int64_t window, float softcap, Strided out,
-         Array<float> softmax, const Strided& dout, Strided dq, Strided dk, Strided dv, Array<float> scratch, int threads) {
+         Array<float> softmax, const Strided& dout, Strided dq, Strided dk, Strided dv, Array<float> scratch,
+         int threads) {
         const Attention of = attention_job(q, k, v, scale, window, softcap, out, softmax);
         expect(is_heads(dout, of.B, of.H, of.T, of.D) && is_heads(dq, of.B, of.H, of.T, of.D) &&
                    is_heads(dk, of.B, of.K, of.T, of.D) && is_heads(dv, of.B, of.K, of.T, of.D),
                "dout and dq must be (B, H, T, D), dk and dv (B, K, T, D), rows contiguous");
-        expect(scratch.size() >= attention_scratch(of, true, threads), "scratch must have attention_scratch() elements");
+        expect(scratch.size() >= attention_scratch(of, true, threads),
+               "scratch must have attention_scratch() elements");
         const AttentionGradient job{of, in_heads(dout), out_heads(dq), out_heads(dk), out_heads(dv)};
         float* const memory = scratch.mutable_data();
         const py::gil_scoped_release release;
         attention_gradient(job, memory, threads);
       },
-      py::arg("q").noconvert(), py::arg("k").noconvert(), py::arg("v").noconvert(), py::arg("scale"),
-      py::arg("window"), py::arg("softcap"), py::arg("out").noconvert(), py::arg("softmax").noconvert(), py::arg("dout").noconvert(), py::arg("dq").noconvert(),
-      py::arg("dk").noconvert(), py::arg("dv").noconvert(), py::arg("scratch").noconvert(), py::arg("threads"));
+      py::arg("q").noconvert(), py::arg("k").noconvert(), py::arg("v").noconvert(), py::arg("scale"), py::arg("window"),
+      py::arg("softcap"), py::arg("out").noconvert(), py::arg("softmax").noconvert(), py::arg("dout").noconvert(),
+      py::arg("dq").noconvert(), py::arg("dk").noconvert(), py::arg("dv").noconvert(), py::arg("scratch").noconvert(),
+      py::arg("threads"));
 }
 
 /// A layer from its weight (outputs, inputs), in any layout, and bias.
@@ -207,8 +234,14 @@ static void bind_branch(py::module_& m) {
          MaybeArray<float> residual, Array<float> y, Array<float> scratch, int threads) {
         expect(x.ndim() == 2, "x must be (N, D)");
         const int64_t N = x.shape(0), D = x.shape(1);
-        Branch job{.x = x.data(), .N = N, .norm = {}, .first = linear_layer(weight, bias, D),
-                   .gelu = tanh ? Gelu::tanh : Gelu::erf, .second = {}, .residual = nullptr, .y = nullptr};
+        Branch job{.x = x.data(),
+                   .N = N,
+                   .norm = {},
+                   .first = linear_layer(weight, bias, D),
+                   .gelu = tanh ? Gelu::tanh : Gelu::erf,
+                   .second = {},
+                   .residual = nullptr,
+                   .y = nullptr};
         if (gain) {
           expect(gain->size() == D && shift && shift->size() == D, "gain and shift must be (D)");
           job.norm = Norm{gain->data(), shift->data(), eps};
@@ -310,8 +343,9 @@ static void bind_scores(py::class_<Scores> scores) {
 
 static void bind_sparse(py::module_& m) {
   m.def("keep_freed_memory", keep_freed_memory, py::arg("bytes"));
-  m.def("prefer_huge_pages", [](Array<uint8_t> bytes) { prefer_huge_pages(out(bytes), bytes.size()); },
-        py::arg("bytes").noconvert());
+  m.def(
+      "prefer_huge_pages", [](Array<uint8_t> bytes) { prefer_huge_pages(out(bytes), bytes.size()); },
+      py::arg("bytes").noconvert());
 
   bind_scores(py::class_<Selection>(m, "Selection").def(py::init<int64_t, int64_t>(), py::arg("rows"), py::arg("k")));
   bind_scores(py::class_<Positives>(m, "Positives")
@@ -341,15 +375,16 @@ static void bind_sparse(py::module_& m) {
 
   m.def(
       "code_backward",
-      [](Array<float> values, Array<int32_t> indices, std::optional<py::array_t<float, 0>> dvalues_in, MaybeArray<float> g,
-         MaybeArray<float> W_dec, MaybeArray<float> x, bool normalize, MaybeArray<float> dW_dec,
-         MaybeArray<float> dW_enc, MaybeArray<float> db_enc, MaybeArray<float> dvalues, int64_t features,
-         int64_t width, int threads) {
+      [](Array<float> values, Array<int32_t> indices, std::optional<py::array_t<float, 0>> dvalues_in,
+         MaybeArray<float> g, MaybeArray<float> W_dec, MaybeArray<float> x, bool normalize, MaybeArray<float> dW_dec,
+         MaybeArray<float> dW_enc, MaybeArray<float> db_enc, MaybeArray<float> dvalues, int64_t features, int64_t width,
+         int threads) {
         expect(values.ndim() == 2, "values must be (N, K)");
         const int64_t rows = values.shape(0), slots = values.shape(1);
         const auto has = [](const MaybeArray<float>& a, int64_t size) { return !a || a->size() == size; };
         expect(indices.size() == values.size() && has(dvalues, values.size()) &&
-                   (!dvalues_in || (dvalues_in->ndim() == 2 && dvalues_in->shape(0) == rows && dvalues_in->shape(1) == slots)),
+                   (!dvalues_in ||
+                    (dvalues_in->ndim() == 2 && dvalues_in->shape(0) == rows && dvalues_in->shape(1) == slots)),
                "indices, dvalues and dvalues_in must have values' shape");
         expect(has(g, rows * width) && has(x, rows * width), "g and x must be (N, D)");
         expect(has(W_dec, features * width) && has(dW_dec, features * width) && has(dW_enc, features * width) &&
@@ -357,11 +392,26 @@ static void bind_sparse(py::module_& m) {
                "W_dec, dW_dec and dW_enc must be (F, D), db_enc (F,)");
         expect(g.has_value() == W_dec.has_value() && (!dW_dec || g) && (!dW_enc || (x && db_enc)),
                "g comes with W_dec, dW_dec with g, dW_enc with x and db_enc");
-        const auto stride = [&](int axis) { return dvalues_in ? dvalues_in->strides(axis) / py::ssize_t{sizeof(float)} : 0; };
-        const Backward job{rows,      slots,     features,      width,          values.data(),
-                           indices.data(), dvalues_in ? dvalues_in->data() : nullptr, stride(0), stride(1), in(g),
-                           in(W_dec), in(x),     normalize,     out(dW_dec),    out(dW_enc),
-                           out(db_enc), out(dvalues)};
+        const auto stride = [&](int axis) {
+          return dvalues_in ? dvalues_in->strides(axis) / py::ssize_t{sizeof(float)} : 0;
+        };
+        const Backward job{.rows = rows,
+                           .slots = slots,
+                           .features = features,
+                           .width = width,
+                           .values = values.data(),
+                           .indices = indices.data(),
+                           .dvalues_in = dvalues_in ? dvalues_in->data() : nullptr,
+                           .stride_n = stride(0),
+                           .stride_k = stride(1),
+                           .g = in(g),
+                           .W_dec = in(W_dec),
+                           .x = in(x),
+                           .normalize = normalize,
+                           .dW_dec = out(dW_dec),
+                           .dW_enc = out(dW_enc),
+                           .db_enc = out(db_enc),
+                           .dvalues = out(dvalues)};
         const py::gil_scoped_release release;
         code_backward(job, threads);
       },
@@ -371,7 +421,7 @@ static void bind_sparse(py::module_& m) {
       py::arg("dvalues").noconvert(), py::arg("features"), py::arg("width"), py::arg("threads"));
 }
 
-// ---- bind_assignment: sparse assignment and the sweeps that feed it --------------------------------------------------
+// ---- bind_assignment: sparse assignment and the sweeps that feed it ----
 
 /// The vector's memory as an array, without a copy.
 template <class T>
@@ -394,11 +444,13 @@ static const Pair* as_pairs(const Array<int32_t>& pairs) {
   return reinterpret_cast<const Pair*>(pairs.data());
 }
 
-static Graph as_graph(const Array<int64_t>& start, const Array<int32_t>& col, const Array<double>& value, int64_t cols) {
+static Graph as_graph(const Array<int64_t>& start, const Array<int32_t>& col, const Array<double>& value,
+                      int64_t cols) {
   if (start.ndim() != 1 || start.size() < 1) throw std::invalid_argument("start must have shape (rows + 1,)");
   if (col.ndim() != 1 || value.ndim() != 1 || col.size() != value.size() || start.at(start.size() - 1) != col.size())
-    throw std::invalid_argument("col and value must both hold start[-1] = " + std::to_string(start.at(start.size() - 1)) +
-                                " edges, got " + std::to_string(col.size()) + " and " + std::to_string(value.size()));
+    throw std::invalid_argument(
+        "col and value must both hold start[-1] = " + std::to_string(start.at(start.size() - 1)) + " edges, got " +
+        std::to_string(col.size()) + " and " + std::to_string(value.size()));
   return {start.size() - 1, cols, start.data(), col.data(), value.data()};
 }
 
@@ -408,7 +460,8 @@ struct QuantizedArrays {
       : precision(precision_from_name(name)), data(std::move(bytes)), scale(std::move(scales)) {
     const int64_t size = element_bytes(precision);
     if (data.ndim() != 2 || data.shape(1) % (4 * size) || scale.size() != data.shape(0))
-      throw std::invalid_argument("data must be (rows, depth · element bytes) with depth a multiple of 4, and scale (rows,)");
+      throw std::invalid_argument(
+          "data must be (rows, depth · element bytes) with depth a multiple of 4, and scale (rows,)");
   }
   Quantized view() const {
     return {precision, data.shape(0), data.shape(1) / element_bytes(precision), data.data(), scale.data()};
@@ -461,23 +514,34 @@ struct SweepArrays {
     if (col_level) same("col_level", col_level->size(), b_index.size());
     if (price) same("price", price->size(), b_index.size());
     if (limit) same("limit", limit->size(), a_index.size());
-    return {a.view(), b.view(), a_index.data(), a_index.size(), b_index.data(), b_index.size(), row_level.data(),
-            col_level ? col_level->data() : nullptr, price ? price->data() : nullptr, limit ? limit->data() : nullptr,
-            absolute, block_rows};
+    return {.a = a.view(),
+            .b = b.view(),
+            .a_index = a_index.data(),
+            .a_count = a_index.size(),
+            .b_index = b_index.data(),
+            .b_count = b_index.size(),
+            .row_level = row_level.data(),
+            .col_level = in(col_level),
+            .price = in(price),
+            .limit = in(limit),
+            .absolute = absolute,
+            .block_rows = block_rows};
   }
 };
 
 template <class Real>
 static Rows<Real> as_rows(const Array<Real>& a, const Array<double>& a_norm, const Array<Real>& b,
                           const Array<double>& b_norm, bool absolute) {
-  if (a.ndim() != 2 || b.ndim() != 2 || a.shape(1) != b.shape(1)) throw std::invalid_argument("a and b must be (n, d) and (m, d)");
+  if (a.ndim() != 2 || b.ndim() != 2 || a.shape(1) != b.shape(1))
+    throw std::invalid_argument("a and b must be (n, d) and (m, d)");
   return {a.data(), b.data(), a_norm.data(), b_norm.data(), a.shape(1), absolute};
 }
 
 template <class Real>
 static void bind_real(py::module_& m) {
   m.def("row_norms", &bind_row_norms<Real>, py::arg("x").noconvert(), py::arg("threads"));
-  m.def("quantize", &bind_quantize<Real>, py::arg("x").noconvert(), py::arg("norm"), py::arg("precision"), py::arg("threads"));
+  m.def("quantize", &bind_quantize<Real>, py::arg("x").noconvert(), py::arg("norm"), py::arg("precision"),
+        py::arg("threads"));
   m.def(
       "exact_cosines",
       [](const Array<Real>& a, const Array<double>& a_norm, const Array<Real>& b, const Array<double>& b_norm,
@@ -493,11 +557,11 @@ static void bind_real(py::module_& m) {
       py::arg("col"), py::arg("absolute"), py::arg("threads"));
   m.def(
       "price_rows",
-      [](const QuantizedArrays& a, const QuantizedArrays& b, const Array<int32_t>& a_index, const Array<int32_t>& b_index,
-         const Array<float>& row_level, const Array<float>& price, const Array<int64_t>& limit, const Array<Real>& a_rows,
-         const Array<double>& a_norm, const Array<Real>& b_rows, const Array<double>& b_norm,
-         const Array<double>& keep_level, const Array<double>& exact_price, int64_t keep, int64_t row_cap,
-         bool absolute, int64_t block_rows, int threads) {
+      [](const QuantizedArrays& a, const QuantizedArrays& b, const Array<int32_t>& a_index,
+         const Array<int32_t>& b_index, const Array<float>& row_level, const Array<float>& price,
+         const Array<int64_t>& limit, const Array<Real>& a_rows, const Array<double>& a_norm, const Array<Real>& b_rows,
+         const Array<double>& b_norm, const Array<double>& keep_level, const Array<double>& exact_price, int64_t keep,
+         int64_t row_cap, bool absolute, int64_t block_rows, int threads) {
         const SweepArrays arrays{a_index, b_index, row_level, std::nullopt, price, limit};
         const Sweep job = arrays.view(a, b, absolute, block_rows);
         const auto exact = as_rows(a_rows, a_norm, b_rows, b_norm, absolute);
@@ -552,8 +616,8 @@ static void bind_assignment(py::module_& m) {
       py::arg("a"), py::arg("b"), py::arg("b_index"), py::arg("rank"), py::arg("absolute"), py::arg("threads"));
   m.def(
       "sweep",
-      [](const QuantizedArrays& a, const QuantizedArrays& b, const Array<int32_t>& a_index, const Array<int32_t>& b_index,
-         const Array<float>& row_level, const std::optional<Array<float>>& col_level,
+      [](const QuantizedArrays& a, const QuantizedArrays& b, const Array<int32_t>& a_index,
+         const Array<int32_t>& b_index, const Array<float>& row_level, const std::optional<Array<float>>& col_level,
          const std::optional<Array<float>>& price, const std::optional<Array<int64_t>>& limit, int64_t row_cap,
          bool absolute, int64_t block_rows, int threads) {
         const SweepArrays arrays{a_index, b_index, row_level, col_level, price, limit};
@@ -584,8 +648,8 @@ static void bind_assignment(py::module_& m) {
       py::arg("pairs"), py::arg("rows"), py::arg("threads"));
   m.def(
       "merge_rows",
-      [](const Array<int64_t>& start, const Array<int32_t>& col, const Array<double>& value, const Array<int32_t>& pairs,
-         const Array<double>& pair_value, int64_t cols) {
+      [](const Array<int64_t>& start, const Array<int32_t>& col, const Array<double>& value,
+         const Array<int32_t>& pairs, const Array<double>& pair_value, int64_t cols) {
         const Graph g = as_graph(start, col, value, cols);
         const Pair* pair = as_pairs(pairs);
         std::vector<int64_t> new_start;
@@ -595,7 +659,8 @@ static void bind_assignment(py::module_& m) {
           py::gil_scoped_release release;
           merge_rows(g, pair, pair_value.data(), pairs.shape(0), new_start, new_col, new_value);
         }
-        return py::make_tuple(hand_over(std::move(new_start)), hand_over(std::move(new_col)), hand_over(std::move(new_value)));
+        return py::make_tuple(hand_over(std::move(new_start)), hand_over(std::move(new_col)),
+                              hand_over(std::move(new_value)));
       },
       py::arg("start"), py::arg("col"), py::arg("value"), py::arg("pairs"), py::arg("pair_value"), py::arg("cols"));
   m.def(
@@ -609,7 +674,8 @@ static void bind_assignment(py::module_& m) {
           py::gil_scoped_release release;
           transpose_rows(g, new_start, row, new_value);
         }
-        return py::make_tuple(hand_over(std::move(new_start)), hand_over(std::move(row)), hand_over(std::move(new_value)));
+        return py::make_tuple(hand_over(std::move(new_start)), hand_over(std::move(row)),
+                              hand_over(std::move(new_value)));
       },
       py::arg("start"), py::arg("col"), py::arg("value"), py::arg("cols"));
   m.def(

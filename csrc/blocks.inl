@@ -61,8 +61,8 @@ static void transpose_out(const float* columns, const Lanes (&factor)[3], int64_
     }
 }
 
-/// out [r, b] = start[r] + Σ_d rows[r, d] columns[d, b] for R rows and B registers of columns. Entries of rows are `row`
-/// and `column` apart, columns and out kBlock; start may be null.
+/// out [r, b] = start[r] + Σ_d rows[r, d] columns[d, b] for R rows and B registers of columns. Entries of rows are
+/// `row` and `column` apart, columns and out kBlock; start may be null.
 template <int R, int B>
 E2E_INLINE void row_tile(const float* rows, int64_t row, int64_t column, const float* columns, int64_t D,
                          const float* start, float* out) {

@@ -15,7 +15,9 @@
 
 namespace e2e {
 
-int64_t branch_scratch(const Branch& job, int threads) { return std::max(threads, 1) * E2E_DISPATCH(tile_scratch, job); }
+int64_t branch_scratch(const Branch& job, int threads) {
+  return std::max(threads, 1) * E2E_DISPATCH(tile_scratch, job);
+}
 
 void branch(const Branch& job, float* scratch, int threads) {
   const int64_t tokens = E2E_DISPATCH(tile_tokens), each = E2E_DISPATCH(tile_scratch, job);

@@ -1,5 +1,5 @@
-/// A thread takes a block of tokens from the stream and back to it: everything between stays in its caches, transposed, and
-/// each weight is read once for the block.
+/// A thread takes a block of tokens from the stream and back to it: everything between stays in its caches, transposed,
+/// and each weight is read once for the block.
 
 #include "blocks.inl"
 #include "elementary.inl"

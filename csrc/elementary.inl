@@ -26,8 +26,9 @@ E2E_INLINE Lanes exp(Lanes x) {
 #endif
 }
 
-/// 2^x for |x| ≤ 125: x = n + r, |r| ≤ ½, 2^r = 1 + r q(r) with the q of degree 5 whose greatest relative error is least
-/// (2^-26 with its coefficients in float; our fit), and n added to the exponent's bits. Without exp's two products by ln 2.
+/// 2^x for |x| ≤ 125: x = n + r, |r| ≤ ½, 2^r = 1 + r q(r) with the q of degree 5 whose greatest relative error is
+/// least (2^-26 with its coefficients in float; our fit), and n added to the exponent's bits. Without exp's two
+/// products by ln 2.
 E2E_INLINE Lanes exp2_near(Lanes x) {
   const Lanes shifted = x + kRound, r = x - (shifted - kRound);
   Lanes p = fill(0.0001535336196f);
@@ -48,8 +49,8 @@ struct Tanh {
   Lanes value, slope;
 };
 
-/// tanh: an odd polynomial near 0 (where 1 - e would cancel), (1 - e) / (1 + e) with e = exp(-2|x|) elsewhere. The slope,
-/// 4 e / (1 + e)², keeps its digits where tanh is near ±1.
+/// tanh: an odd polynomial near 0 (where 1 - e would cancel), (1 - e) / (1 + e) with e = exp(-2|x|) elsewhere. The
+/// slope, 4 e / (1 + e)², keeps its digits where tanh is near ±1.
 E2E_INLINE Tanh tanh_and_slope(Lanes x) {
   const Lanes size = absolute(x);
   const Lanes e = exp(size * -2.f), inverse = 1.f / (1.f + e);
@@ -72,8 +73,9 @@ struct Share {
   Lanes share, change;
 };
 
-/// share = Φ(x). With a = |x| the upper tail is 1 - Φ(a) = e^(-a²/2) t q(t), t = 1 / (1 + 0.3 a), where q is the polynomial
-/// of degree 7 whose greatest relative error over a ≤ 10 is least (5e-8; our fit). share' = e^(-x²/2) / √(2π).
+/// share = Φ(x). With a = |x| the upper tail is 1 - Φ(a) = e^(-a²/2) t q(t), t = 1 / (1 + 0.3 a), where q is the
+/// polynomial of degree 7 whose greatest relative error over a ≤ 10 is least (5e-8; our fit). share' = e^(-x²/2) /
+/// √(2π).
 E2E_INLINE Share share_erf(Lanes x) {
   const Lanes a = absolute(x), t = 1.f / (1.f + 0.3f * a), density = exp2(-0.72134752f * a * a);
   Lanes q = fill(0.037547987f);

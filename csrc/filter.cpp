@@ -8,8 +8,8 @@
 #include <numeric>
 #include <stdexcept>
 
-#include "threads.hpp"
 #include "simd.hpp"
+#include "threads.hpp"
 
 #if E2E_X86
 #include <immintrin.h>
@@ -44,7 +44,7 @@ void pack_panel(const Quantized& q, Engine engine, const int32_t* index, int64_t
   }
 }
 
-// ---- what passes the threshold -------------------------------------------------------------------------------------
+// ---- what passes the threshold ----
 
 /// Column-side constants of a panel of 48, padded so that missing columns never pass.
 struct ColumnPanel {
@@ -68,9 +68,11 @@ void threshold_generic(const float* tile, int64_t rows, const float* row_scale, 
 }
 
 #if E2E_X86
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"))) void threshold_avx512(const float* tile, int64_t rows, const float* row_scale,
-                                                          const float* row_level, const ColumnPanel& panel,
-                                                          bool absolute, uint64_t* mask) {
+__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"))) void threshold_avx512(const float* tile, int64_t rows,
+                                                                                    const float* row_scale,
+                                                                                    const float* row_level,
+                                                                                    const ColumnPanel& panel,
+                                                                                    bool absolute, uint64_t* mask) {
   const __m512 sign = _mm512_castsi512_ps(_mm512_set1_epi32(absolute ? 0x7fffffff : -1));
   for (int64_t r = 0; r < rows; ++r) {
     const __m512 scale = _mm512_set1_ps(row_scale[r]), level = _mm512_set1_ps(row_level[r]);
@@ -100,26 +102,33 @@ void threshold(const float* tile, int64_t rows, const float* row_scale, const fl
 class Panels {
  public:
   Panels(const Quantized& a, const Quantized& b, const int32_t* b_index, int64_t b_count, int threads)
-      : engine_(engine_for(a.precision)), a_(a), words_(words_per_row(a.precision, engine_, a.depth)), panels_((b_count + kTileCols - 1) / kTileCols),
+      : engine_(engine_for(a.precision)),
+        a_(a),
+        words_(words_per_row(a.precision, engine_, a.depth)),
+        panels_((b_count + kTileCols - 1) / kTileCols),
         columns_(panels_ * words_ * kTileCols) {
     if (a.precision != b.precision || a.depth != b.depth)
       throw std::invalid_argument("a and b must be quantized alike");
     parallel_jobs(panels_, threads, [&](int64_t p, int) {
       std::vector<uint32_t> scratch(words_);
-      pack_panel(b, engine_, b_index + p * kTileCols, std::min(kTileCols, b_count - p * kTileCols), kTileCols, column_flip(engine_), scratch.data(),
-                 columns_.data + p * words_ * kTileCols);
+      pack_panel(b, engine_, b_index + p * kTileCols, std::min(kTileCols, b_count - p * kTileCols), kTileCols,
+                 column_flip(engine_), scratch.data(), columns_.data + p * words_ * kTileCols);
     });
   }
 
   int64_t words() const { return words_; }
   int64_t panels() const { return panels_; }
   /// Rows whose packed words fit a core's cache, between one tile and 512.
-  int64_t cached_rows() const { return std::clamp(kBlockBytes / (4 * words_) / kTileRows * kTileRows, kTileRows, int64_t{512}); }
+  int64_t cached_rows() const {
+    return std::clamp(kBlockBytes / (4 * words_) / kTileRows * kTileRows, kTileRows, int64_t{512});
+  }
 
   /// A job's rows, packed in panels of 8.
   struct Rows {
     Rows(const Panels& panels, int64_t capacity)
-        : words(panels.words_ * ((capacity + kTileRows - 1) / kTileRows * kTileRows)), offset(capacity + kTileRows), scratch(panels.words_) {}
+        : words(panels.words_ * ((capacity + kTileRows - 1) / kTileRows * kTileRows)),
+          offset(capacity + kTileRows),
+          scratch(panels.words_) {}
     Words words;
     std::vector<int32_t> offset;
     std::vector<uint32_t> scratch;
@@ -129,13 +138,14 @@ class Panels {
       pack_panel(a_, engine_, index + r, std::min(kTileRows, count - r), kTileRows, 0, rows.scratch.data(),
                  rows.words.data + r * words_);
     if (engine_ == Engine::int8)
-      for (int64_t r = 0; r < count; ++r) rows.offset[r] = int8_offset(reinterpret_cast<const int8_t*>(row_of(a_, index[r])), a_.depth);
+      for (int64_t r = 0; r < count; ++r)
+        rows.offset[r] = int8_offset(reinterpret_cast<const int8_t*>(row_of(a_, index[r])), a_.depth);
   }
 
   /// tile (8, 48) of row panel r (first row, a multiple of 8) and column panel p.
   void multiply_panel(const Rows& rows, int64_t r, int64_t p, float* tile) const {
-    multiply(engine_, rows.words.data + r * words_, columns_.data + p * words_ * kTileCols, words_, rows.offset.data() + r,
-             tile);
+    multiply(engine_, rows.words.data + r * words_, columns_.data + p * words_ * kTileCols, words_,
+             rows.offset.data() + r, tile);
   }
 
  private:
@@ -159,7 +169,8 @@ void row_norms(const Real* x, int64_t rows, int64_t d, double* norm, int threads
   parallel_jobs((rows + block - 1) / block, threads, [&](int64_t job, int) {
     for (int64_t i = job * block; i < std::min(rows, (job + 1) * block); ++i) {
       double sum[8] = {};
-      for (int64_t k = 0; k < d; ++k) sum[k % 8] += static_cast<double>(x[i * d + k]) * static_cast<double>(x[i * d + k]);
+      for (int64_t k = 0; k < d; ++k)
+        sum[k % 8] += static_cast<double>(x[i * d + k]) * static_cast<double>(x[i * d + k]);
       norm[i] = std::sqrt(((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7])));
     }
   });
@@ -192,15 +203,18 @@ void quantize(const Real* x, const double* norm, int64_t rows, int64_t d, Precis
         }
       };
       if (precision == Precision::float32) {
-        put(reinterpret_cast<float*>(out), [](double u) { return static_cast<float>(u); },
+        put(
+            reinterpret_cast<float*>(out), [](double u) { return static_cast<float>(u); },
             [](float v) { return static_cast<double>(v); });
       } else if (precision == Precision::bfloat16) {
-        put(reinterpret_cast<uint16_t*>(out), [](double u) { return float_to_bf16(static_cast<float>(u)); },
+        put(
+            reinterpret_cast<uint16_t*>(out), [](double u) { return float_to_bf16(static_cast<float>(u)); },
             [](uint16_t v) { return static_cast<double>(bfloat16_to_float(v)); });
       } else {
         scale[i] = static_cast<float>(peak / 127.0);
         const double step = scale[i];
-        put(reinterpret_cast<int8_t*>(out),
+        put(
+            reinterpret_cast<int8_t*>(out),
             [&](double u) { return static_cast<int8_t>(std::clamp(std::nearbyint(u / step), -127.0, 127.0)); },
             [&](int8_t v) { return step * v; });
       }
@@ -228,7 +242,8 @@ void run_sweep(const Sweep& job, int64_t row_cap, int threads, Done&& done) {
       columns[p].price[c] = !real ? kInf : job.price ? job.price[j] : 0.0f;
     }
 
-  const int64_t block = job.block_rows > 0 ? (job.block_rows + kTileRows - 1) / kTileRows * kTileRows : job_rows(panels, job.a_count, threads);
+  const int64_t block = job.block_rows > 0 ? (job.block_rows + kTileRows - 1) / kTileRows * kTileRows
+                                           : job_rows(panels, job.a_count, threads);
   std::vector<std::vector<Pair>> found(threads);
   std::vector<std::unique_ptr<Panels::Rows>> rows(threads);
   for (auto& r : rows) r = std::make_unique<Panels::Rows>(panels, block);
@@ -242,7 +257,8 @@ void run_sweep(const Sweep& job, int64_t row_cap, int threads, Done&& done) {
     std::vector<int64_t> last(count, panels.panels());  // panels that a group of 8 rows visits
     if (job.limit)
       for (int64_t r = 0; r < count; r += kTileRows) {
-        const int64_t most = *std::max_element(job.limit + first + r, job.limit + first + std::min(count, r + kTileRows));
+        const int64_t most =
+            *std::max_element(job.limit + first + r, job.limit + first + std::min(count, r + kTileRows));
         last[r] = (most + kTileCols - 1) / kTileCols;
       }
     std::vector<int64_t> emitted(count, 0);
@@ -271,7 +287,8 @@ void run_sweep(const Sweep& job, int64_t row_cap, int threads, Done&& done) {
 std::vector<Pair> sweep(const Sweep& job, int64_t row_cap, uint8_t* capped, int threads) {
   std::vector<std::vector<Pair>> all(threads);
   run_sweep(job, row_cap, threads,
-            [&](int thread, int64_t first, int64_t count, const std::vector<Pair>& pairs, const std::vector<int64_t>& emitted) {
+            [&](int thread, int64_t first, int64_t count, const std::vector<Pair>& pairs,
+                const std::vector<int64_t>& emitted) {
               all[thread].insert(all[thread].end(), pairs.begin(), pairs.end());
               for (int64_t r = 0; r < count; ++r) capped[first + r] = emitted[r] > row_cap;
             });
@@ -316,14 +333,15 @@ void row_levels(const Quantized& a, const Quantized& b, const int32_t* b_index, 
         for (int64_t j = 0; j < b_count; ++j) row[j] = std::fabs(row[j]);
       std::fill(row + b_count, row + width, -kInf);
       for (int64_t start = groups; start < width; start += groups)
-        for (int64_t j = start; j < std::min(width, start + groups); ++j) row[j - start] = std::max(row[j - start], row[j]);
+        for (int64_t j = start; j < std::min(width, start + groups); ++j)
+          row[j - start] = std::max(row[j - start], row[j]);
       std::nth_element(row, row + rank - 1, row + groups, std::greater<float>());
       level[first + r] = row[rank - 1] * a.scale[first + r];
     }
   });
 }
 
-// ---- float64 -------------------------------------------------------------------------------------------------------
+// ---- float64 ----
 
 namespace {
 
@@ -382,34 +400,35 @@ Priced price_rows(const Sweep& job, const Rows<Real>& exact, const double* keep_
     Pair pair;
   };
   std::vector<Priced> all(threads);
-  run_sweep(job, row_cap, threads,
-            [&](int thread, int64_t first, int64_t count, std::vector<Pair>& pairs, const std::vector<int64_t>& emitted) {
-              std::vector<std::vector<Kept>> kept(count);
-                          // Pairs carry indices into a; the job's rows need not be in order.
-              std::vector<std::pair<int32_t, int32_t>> place(count);
-              for (int64_t r = 0; r < count; ++r) place[r] = {job.a_index[first + r], static_cast<int32_t>(r)};
-              std::sort(place.begin(), place.end());
-              for (const Pair& pair : pairs) {
-                const int64_t r = std::lower_bound(place.begin(), place.end(), std::pair(pair.row, int32_t{0}))->second;
-                const double value = exact.cosine(pair.row, pair.col), net = value - exact_price[pair.col];
-                if (net > keep_level[first + r]) kept[r].push_back({net, value, pair});
-              }
-              for (int64_t r = 0; r < count; ++r) {
-                auto& row = kept[r];
-                bound[first + r] = emitted[r] > row_cap ? std::numeric_limits<double>::infinity() : keep_level[first + r];
-                if (static_cast<int64_t>(row.size()) > keep) {
-                  std::nth_element(row.begin(), row.begin() + keep - 1, row.end(), [](const Kept& x, const Kept& y) {
-                    return x.net != y.net ? x.net > y.net : x.pair.col < y.pair.col;
-                  });
-                  bound[first + r] = std::max(bound[first + r], row[keep - 1].net);
-                  row.resize(keep);
-                }
-                for (const Kept& k : row) {
-                  all[thread].pair.push_back(k.pair);
-                  all[thread].value.push_back(k.value);
-                }
-              }
+  run_sweep(
+      job, row_cap, threads,
+      [&](int thread, int64_t first, int64_t count, std::vector<Pair>& pairs, const std::vector<int64_t>& emitted) {
+        std::vector<std::vector<Kept>> kept(count);
+        // Pairs carry indices into a; the job's rows need not be in order.
+        std::vector<std::pair<int32_t, int32_t>> place(count);
+        for (int64_t r = 0; r < count; ++r) place[r] = {job.a_index[first + r], static_cast<int32_t>(r)};
+        std::sort(place.begin(), place.end());
+        for (const Pair& pair : pairs) {
+          const int64_t r = std::lower_bound(place.begin(), place.end(), std::pair(pair.row, int32_t{0}))->second;
+          const double value = exact.cosine(pair.row, pair.col), net = value - exact_price[pair.col];
+          if (net > keep_level[first + r]) kept[r].push_back({net, value, pair});
+        }
+        for (int64_t r = 0; r < count; ++r) {
+          auto& row = kept[r];
+          bound[first + r] = emitted[r] > row_cap ? std::numeric_limits<double>::infinity() : keep_level[first + r];
+          if (static_cast<int64_t>(row.size()) > keep) {
+            std::nth_element(row.begin(), row.begin() + keep - 1, row.end(), [](const Kept& x, const Kept& y) {
+              return x.net != y.net ? x.net > y.net : x.pair.col < y.pair.col;
             });
+            bound[first + r] = std::max(bound[first + r], row[keep - 1].net);
+            row.resize(keep);
+          }
+          for (const Kept& k : row) {
+            all[thread].pair.push_back(k.pair);
+            all[thread].value.push_back(k.value);
+          }
+        }
+      });
   for (int t = 1; t < threads; ++t) {
     all[0].pair.insert(all[0].pair.end(), all[t].pair.begin(), all[t].pair.end());
     all[0].value.insert(all[0].value.end(), all[t].value.begin(), all[t].value.end());
@@ -417,14 +436,14 @@ Priced price_rows(const Sweep& job, const Rows<Real>& exact, const double* keep_
   return std::move(all[0]);
 }
 
-#define E2E_INSTANTIATE(Real)                                                                                        \
-  template double Rows<Real>::cosine(int64_t, int64_t) const;                                                        \
-  template void row_norms(const Real*, int64_t, int64_t, double*, int);                                              \
-  template void quantize(const Real*, const double*, int64_t, int64_t, Precision, int64_t, void*, float*, double*,   \
-                         int);                                                                                       \
-  template void exact_cosines(const Rows<Real>&, int64_t, const int64_t*, const int32_t*, double*, int);             \
-  template Priced price_rows(const Sweep&, const Rows<Real>&, const double*, const double*, int64_t, int64_t,        \
-                             double*, int);
+#define E2E_INSTANTIATE(Real)                                                                                          \
+  template double Rows<Real>::cosine(int64_t, int64_t) const;                                                          \
+  template void row_norms(const Real*, int64_t, int64_t, double*, int);                                                \
+  template void quantize(const Real*, const double*, int64_t, int64_t, Precision, int64_t, void*, float*, double*,     \
+                         int);                                                                                         \
+  template void exact_cosines(const Rows<Real>&, int64_t, const int64_t*, const int32_t*, double*, int);               \
+  template Priced price_rows(const Sweep&, const Rows<Real>&, const double*, const double*, int64_t, int64_t, double*, \
+                             int);
 E2E_INSTANTIATE(float)
 E2E_INSTANTIATE(double)
 

@@ -56,8 +56,8 @@ struct Sweep {
 /// that passes it has `capped[position] = 1` and an incomplete list. O(a_count · b_count · depth).
 std::vector<Pair> sweep(const Sweep& job, int64_t row_cap, uint8_t* capped, int threads);
 
-/// For each row i of `a`, about the rank-th largest product with the rows b_index of `b`: exact while b_count ≤ 16·rank,
-/// else the rank-th largest of 16·rank (at least 64) group maxima, which is at most that. level is (a.rows,).
+/// For each row i of `a`, about the rank-th largest product with the rows b_index of `b`: exact while b_count ≤
+/// 16·rank, else the rank-th largest of 16·rank (at least 64) group maxima, which is at most that. level is (a.rows,).
 void row_levels(const Quantized& a, const Quantized& b, const int32_t* b_index, int64_t b_count, int64_t rank,
                 bool absolute, float* level, int threads);
 
@@ -69,8 +69,8 @@ struct Rows {
   int64_t d;
   bool absolute;
 
-  /// Cosine (its absolute value if so asked) of a[i] and b[j] in float64, 0 where a norm is 0. One fixed order of summation: it depends on the two rows
-  /// alone.
+  /// Cosine (its absolute value if so asked) of a[i] and b[j] in float64, 0 where a norm is 0. One fixed order of
+  /// summation: it depends on the two rows alone.
   double cosine(int64_t i, int64_t j) const;
 };
 
@@ -86,9 +86,9 @@ struct Priced {
 };
 
 /// A sweep whose pairs are at once recomputed in float64: of row position i, the pairs with cosine − exact_price[j] >
-/// keep_level[i] are kept, at most `keep` of the best. bound[i] ≥ cosine − exact_price[j] for every pair of the row that
-/// was emitted and not kept: keep_level[i], or the worst kept where `keep` cut, or +∞ where row_cap did. exact_price goes
-/// by column of b.
+/// keep_level[i] are kept, at most `keep` of the best. bound[i] ≥ cosine − exact_price[j] for every pair of the row
+/// that was emitted and not kept: keep_level[i], or the worst kept where `keep` cut, or +∞ where row_cap did.
+/// exact_price goes by column of b.
 template <class Real>
 Priced price_rows(const Sweep& job, const Rows<Real>& exact, const double* keep_level, const double* exact_price,
                   int64_t keep, int64_t row_cap, double* bound, int threads);

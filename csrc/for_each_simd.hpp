@@ -33,9 +33,9 @@ namespace e2e::avx512 {
 }  // namespace e2e::avx512
 #pragma GCC pop_options
 
-#define E2E_DISPATCH(f, ...)                                         \
-  (simd_level() == Simd::avx512 ? avx512::f(__VA_ARGS__)             \
-   : simd_level() == Simd::avx2 ? avx2::f(__VA_ARGS__)               \
+#define E2E_DISPATCH(f, ...)                                \
+  (simd_level() == Simd::avx512 ? avx512::f(__VA_ARGS__)    \
+   : simd_level() == Simd::avx2 ? avx2::f(__VA_ARGS__)      \
                                 : baseline::f(__VA_ARGS__))
 
 #else

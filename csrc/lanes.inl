@@ -38,7 +38,9 @@ E2E_INLINE Lanes load_part(const float* p, int64_t n, float rest) {
   return v;
 }
 
-E2E_INLINE void store_part(float* p, Lanes v, int64_t n) { __builtin_memcpy(p, &v, static_cast<size_t>(n) * sizeof(float)); }
+E2E_INLINE void store_part(float* p, Lanes v, int64_t n) {
+  __builtin_memcpy(p, &v, static_cast<size_t>(n) * sizeof(float));
+}
 
 E2E_INLINE Lanes greater(Lanes a, Lanes b) { return a < b ? b : a; }  // keeps `a` where b is NaN
 
@@ -47,12 +49,14 @@ E2E_INLINE Lanes absolute(Lanes v) { return (Lanes)((IntLanes)v & 0x7fffffff); }
 /// By halves: from a loop over lanes gcc 12 makes stores and narrower loads, which wait for each other.
 E2E_INLINE float sum(Lanes v) {
 #if E2E_SIMD == 2
-  const auto eight = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  const auto eight = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                     __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
 #else
   const auto eight = v;
 #endif
 #if E2E_SIMD >= 1
-  const auto four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+  const auto four =
+      __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
 #else
   const auto four = eight;
 #endif

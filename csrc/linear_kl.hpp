@@ -5,7 +5,8 @@
 
 namespace e2e {
 
-/// For every token n and student s, with z_t = W h_t + b, z_s = W h_s + b (softcap c > 0: z ← c·tanh(z / c)), p = softmax:
+/// For every token n and student s, with z_t = W h_t + b, z_s = W h_s + b (softcap c > 0: z ← c·tanh(z / c)), p =
+/// softmax:
 ///   loss[s, n] = Σ_v p_t (log p_t - log p_s)        dstudents[s, n] = Σ_v (p_s - p_t) [· (1 - (z_s / c)²)] W_v
 struct LinearKl {
   const float* students;  // (S, N, D)
@@ -13,9 +14,9 @@ struct LinearKl {
   const float* weight;    // (V, D)
   const float* bias;      // (V), or null
   int64_t S, N, D, V;
-  float softcap;      // 0: none
-  float* loss;        // (S, N)
-  float* dstudents;   // (S, N, D), or null: then no gradient is made
+  float softcap;     // 0: none
+  float* loss;       // (S, N)
+  float* dstudents;  // (S, N, D), or null: then no gradient is made
 };
 
 /// Floats of scratch memory that `linear_kl` wants for `threads` threads.

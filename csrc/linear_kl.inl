@@ -1,32 +1,38 @@
 /// A block of tokens goes over W twice, a chunk of its rows at a time. The first time
 ///
-///   z = W h + b      m ← max(m, z)      T = Σ e^(t - m_t)      S = Σ e^(s - m_s)      C = Σ e^(t - m_t) ((t - m_t) - (s - m_s))
+///   z = W h + b      m ← max(m, z)      T = Σ e^(t - m_t)      S = Σ e^(s - m_s)      C = Σ e^(t - m_t) ((t - m_t) -
+///   (s - m_s))
 ///
 /// with sums carried over to each new maximum m; the exponentials are kept, and the maxima they refer to. Then
 ///
 ///   KL = C / T + log S - log T        dz = e^(s - m_s) / S - e^(t - m_t) / T        dh += Wᵀ dz
 ///
-/// Tokens stand in lanes: B registers of them are a block, and everything of a block lies transposed, [row][token]. Maxima,
-/// sums and exponentials then never cross lanes, and W is read as it lies in memory.
+/// Tokens stand in lanes: B registers of them are a block, and everything of a block lies transposed, [row][token].
+/// Maxima, sums and exponentials then never cross lanes, and W is read as it lies in memory.
 
 #if E2E_SIMD == 2 || defined(__aarch64__)
 constexpr int64_t kRows = 8;  // of W: times B ≤ 3 registers of tokens they fill a register file of 32
 #else
 constexpr int64_t kRows = 4;  // of 16
 #endif
-constexpr int64_t kChunk = 128;                   // rows of W between two looks at the maxima
-constexpr int64_t kAhead = 12;                    // rows of W fetched before their use
-constexpr int64_t kLine = 16;                     // floats of a cache line
-constexpr float kLowest = -3.4e38f;               // the reference before any logit was seen
-constexpr float kLeast = -70;                     // of exponents that put a chunk's terms to the final maximum
+constexpr int64_t kChunk = 128;      // rows of W between two looks at the maxima
+constexpr int64_t kAhead = 12;       // rows of W fetched before their use
+constexpr int64_t kLine = 16;        // floats of a cache line
+constexpr float kLowest = -3.4e38f;  // the reference before any logit was seen
+constexpr float kLeast = -70;        // of exponents that put a chunk's terms to the final maximum
 
 #include "elementary.inl"
 
 /// `whole` for every full register at i in [0, n), then `tail` for the last m < kLanes numbers.
-#define E2E_EACH_REGISTER(i, n, whole, tail)          \
-  int64_t i = 0;                                      \
-  for (; i + kLanes <= (n); i += kLanes) { whole; }   \
-  if (i < (n)) { const int64_t m = (n) - i; tail; }
+#define E2E_EACH_REGISTER(i, n, whole, tail) \
+  int64_t i = 0;                             \
+  for (; i + kLanes <= (n); i += kLanes) {   \
+    whole;                                   \
+  }                                          \
+  if (i < (n)) {                             \
+    const int64_t m = (n) - i;               \
+    tail;                                    \
+  }
 
 static void exp_all(const float* x, float* y, int64_t n) {
   E2E_EACH_REGISTER(i, n, store(y + i, exp(load(x + i))), store_part(y + i, exp(load_part(x + i, m, 0)), m))
@@ -40,8 +46,8 @@ static void tanh_all(const float* x, float* y, int64_t n) {
 
 // --- Products -------------------------------------------------------------------------------------------------------
 
-/// z[r, :] = Σ_d w[r, d] h[d, :] + bias[r] for R rows of w, D long each, and B registers of tokens. `soon` (R·B registers)
-/// will be written next: its lines are fetched meanwhile.
+/// z[r, :] = Σ_d w[r, d] h[d, :] + bias[r] for R rows of w, D long each, and B registers of tokens. `soon` (R·B
+/// registers) will be written next: its lines are fetched meanwhile.
 template <int R, int B>
 E2E_INLINE void logits_tile(const float* w, const float* bias, const float* h, int64_t D, float* z, const float* soon) {
   Lanes sum[R][B];
@@ -81,7 +87,8 @@ E2E_INLINE void logits(const float* w, const float* bias, int64_t rows, const fl
   for (; r < rows; ++r) tile.template operator()<1>(r);
 }
 
-/// g[c, :] += Σ_r dz[r, :] w[r, c] for C columns of w, whose rows are D long. `soon` (one line a row) will be read next.
+/// g[c, :] += Σ_r dz[r, :] w[r, c] for C columns of w, whose rows are D long. `soon` (one line a row) will be read
+/// next.
 template <int C, int B>
 E2E_INLINE void gradient_tile(const float* w, int64_t rows, const float* dz, int64_t D, float* g, const float* soon) {
   Lanes sum[C][B];
@@ -177,7 +184,8 @@ E2E_INLINE void add(Softmax<B>& softmax, const Lanes (&sums)[B]) {
   for (int i = 0; i < B * kLanes; ++i) softmax.total[i] = softmax.total[i] * factor[i] + added[i];
 }
 
-/// With references that rose by a (teacher) and b (student): cross ← e^-a (cross - (a - b) Σ e_t), plus the chunk's terms.
+/// With references that rose by a (teacher) and b (student): cross ← e^-a (cross - (a - b) Σ e_t), plus the chunk's
+/// terms.
 template <int B>
 E2E_INLINE void add_cross(const Softmax<B>& teacher, Softmax<B>& student, const Lanes (&sums)[B]) {
   alignas(64) float factor[B * kLanes], added[B * kLanes];
@@ -282,7 +290,8 @@ static void kl_tokens(const LinearKl& job, int64_t first, int64_t count, float* 
 
   for (int64_t i = 0; i <= S; ++i) {
     start(softmax[i]);
-    transpose_in((i ? job.students + (i - 1) * job.N * D : job.teacher) + first * D, count, D, tokens, h + i * D * tokens);
+    transpose_in((i ? job.students + (i - 1) * job.N * D : job.teacher) + first * D, count, D, tokens,
+                 h + i * D * tokens);
   }
   for (int64_t v = 0; v < V; v += kChunk) {
     const int64_t rows = V - v < kChunk ? V - v : kChunk, offset = (job.dstudents ? v : 0) * tokens;
@@ -294,10 +303,8 @@ static void kl_tokens(const LinearKl& job, int64_t first, int64_t count, float* 
       logits<B>(w, bias, rows, h + i * D * tokens, D, z, keep);
       see(softmax[i], z, rows, job.softcap);
       __builtin_memcpy(reference + i * tokens, softmax[i].reference, sizeof softmax[i].reference);
-      if (i)
-        student_chunk(softmax[0], softmax[i], t, kept_rows + offset, s, rows, job.softcap > 0, keep);
-      else
-        teacher_chunk(softmax[0], t, rows, keep, teacher_sums);
+      if (i) student_chunk(softmax[0], softmax[i], t, kept_rows + offset, s, rows, job.softcap > 0, keep);
+      else teacher_chunk(softmax[0], t, rows, keep, teacher_sums);
     }
     add(softmax[0], teacher_sums);  // last: the students' sums refer to the teacher's before this chunk
   }

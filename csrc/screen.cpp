@@ -1,4 +1,5 @@
-// Selection::screen and Positives::screen: an encoder's candidates from low-precision products, and their float32 scores.
+// Selection::screen and Positives::screen: an encoder's candidates from low-precision products, and their float32
+// scores.
 //
 // With xq, wq the stored (int8 or bfloat16) row of x and of W and their scales multiplied back,
 //   |x·w - xq·wq|  <=  ‖x - xq‖ ‖w‖ + ‖xq‖ ‖w - wq‖
@@ -34,8 +35,8 @@ struct ColumnSide {
 
 // ReLU's test compares the stored rows' product with a limit, everything in units of both scales:
 //   xq·wq > - by_norm ‖w‖ - by_error ‖w - wq‖ - (bias - floor + slack)
-// Each column brings its norm, its error and -(bias - floor + slack); a tile of rows the greatest of their factors, for all of
-// them, and what a row's own unit makes of the bias.
+// Each column brings its norm, its error and -(bias - floor + slack); a tile of rows the greatest of their factors, for
+// all of them, and what a row's own unit makes of the bias.
 struct ColumnLimit {
   alignas(64) float norm[kTileCols], error[kTileCols], bias[kTileCols];
 };
@@ -78,10 +79,8 @@ RoundedRow round_row(Precision precision, const float* x, int64_t n, void* store
   // error is itself rounded, by 2^-24 of the entry.
   const float up = 1 + static_cast<float>(n / 4 + 8) * 0x1p-23f;
   float out[3];
-  if (precision == Precision::int8)
-    E2E_DISPATCH(row_to_int8, x, n, static_cast<int8_t*>(stored), out);
-  else
-    E2E_DISPATCH(row_to_bfloat16, x, n, static_cast<uint16_t*>(stored), out);
+  if (precision == Precision::int8) E2E_DISPATCH(row_to_int8, x, n, static_cast<int8_t*>(stored), out);
+  else E2E_DISPATCH(row_to_bfloat16, x, n, static_cast<uint16_t*>(stored), out);
   const float norm = up * std::sqrt(out[1]);
   return {out[0], norm, up * std::sqrt(out[2]) + 0x1p-22f * norm};
 }
@@ -92,10 +91,18 @@ RoundedRow round_row(Precision precision, const float* x, int64_t n, void* store
 class Packed {
  public:
   Packed(const Scoring& job, int64_t rows, Precision precision, int threads)
-      : job_(job), precision_(precision), engine_(engine_for(precision)), depth_((job.depth + 3) / 4 * 4),
-        words_(words_per_row(precision, engine_, depth_)), panels_((job.features + kTileCols - 1) / kTileCols),
-        columns_(panels_ * words_ * kTileCols), rows_((rows + kTileRows - 1) / kTileRows * kTileRows * words_),
-        column_side_(panels_), column_limit_(panels_), row_side_(rows + kTileRows), tile_side_((rows + kTileRows - 1) / kTileRows),
+      : job_(job),
+        precision_(precision),
+        engine_(engine_for(precision)),
+        depth_((job.depth + 3) / 4 * 4),
+        words_(words_per_row(precision, engine_, depth_)),
+        panels_((job.features + kTileCols - 1) / kTileCols),
+        columns_(panels_ * words_ * kTileCols),
+        rows_((rows + kTileRows - 1) / kTileRows * kTileRows * words_),
+        column_side_(panels_),
+        column_limit_(panels_),
+        row_side_(rows + kTileRows),
+        tile_side_((rows + kTileRows - 1) / kTileRows),
         offset_(rows + kTileRows) {
     prefer_huge_pages(columns_.data, panels_ * words_ * kTileCols * 4);
     parallel_jobs(panels_, threads, [&](int64_t p, int) { pack_columns(p); });
@@ -129,7 +136,8 @@ class Packed {
 
  private:
   void multiply_panels(int64_t r, int64_t p, float* tile) const {
-    multiply(engine_, rows_.data + r * words_, columns_.data + p * words_ * kTileCols, words_, offset_.data() + r, tile);
+    multiply(engine_, rows_.data + r * words_, columns_.data + p * words_ * kTileCols, words_, offset_.data() + r,
+             tile);
   }
 
   /// The products of a row or column that was too small to be stored are 0 in any unit.
@@ -196,7 +204,8 @@ class Packed {
       tile.inverse[i] = inverse_of(row.scale);
       tile.by_norm = std::max(tile.by_norm, row_side_[r].by_norm * tile.inverse[i]);
       tile.by_error = std::max(tile.by_error, row_side_[r].by_error * tile.inverse[i]);
-      if (precision_ == Precision::int8) offset_[r] = int8_offset(reinterpret_cast<const int8_t*>(stored.data()), depth_);
+      if (precision_ == Precision::int8)
+        offset_[r] = int8_offset(reinterpret_cast<const int8_t*>(stored.data()), depth_);
     }
   }
 
@@ -255,7 +264,8 @@ void Selection::rescore(const Scoring& job, int threads) {
   parallel_for(rows(), kTileRows, threads, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       auto& kept = rows_[r].kept;
-      if (static_cast<int64_t>(kept.size()) > k_) std::nth_element(kept.begin(), kept.begin() + (k_ - 1), kept.end(), better);
+      if (static_cast<int64_t>(kept.size()) > k_)
+        std::nth_element(kept.begin(), kept.begin() + (k_ - 1), kept.end(), better);
     }
   });
   score_first(k_, job, threads);
@@ -297,7 +307,8 @@ void Selection::score_first(int64_t count, const Scoring& job, int threads) {
     for (int64_t j = begin; j < end; ++j)
       for (int64_t e = start[j]; e < start[j + 1]; ++e) {
         Candidate& c = rows_[places[e].row].kept[places[e].slot];
-        const float z = E2E_DISPATCH(dot_rows, job.x + places[e].row * job.depth, job.weight + j * job.depth, job.depth);
+        const float z =
+            E2E_DISPATCH(dot_rows, job.x + places[e].row * job.depth, job.weight + j * job.depth, job.depth);
         c.upper = c.lower = z + (job.bias ? job.bias[j] : 0);
       }
   });
@@ -320,7 +331,8 @@ bool Positives::screen(const Scoring& job, Precision precision, int64_t share, i
     return false;
   }
   divide(trial, rows(), packed.job_rows(rows() - trial, threads));
-  parallel_jobs(static_cast<int64_t>(blocks_.size()), threads, [&](int64_t b, int) { screen_block(blocks_[b], packed, job); });
+  parallel_jobs(static_cast<int64_t>(blocks_.size()), threads,
+                [&](int64_t b, int) { screen_block(blocks_[b], packed, job); });
   return true;
 }
 
@@ -344,8 +356,9 @@ void Positives::screen_block(Block& block, const Packed& packed, const Scoring& 
       room = wider;
     }
     const int64_t count = packed.screen_positive(block.first, block.rows, p, hits.data()), first = p * kTileCols;
-    const Scoring columns{x, job.weight + first * job.depth, job.bias ? job.bias + first : nullptr, kTileCols, job.depth,
-                          job.floor ? job.floor + first : nullptr};
+    const Scoring columns{
+        x,         job.weight + first * job.depth,         job.bias ? job.bias + first : nullptr, kTileCols,
+        job.depth, job.floor ? job.floor + first : nullptr};
     E2E_DISPATCH(score_hits, columns, hits.data(), count, static_cast<int32_t>(first), lists.get(), room,
                  static_cast<int32_t>(limit), active);
   }

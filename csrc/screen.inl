@@ -54,7 +54,8 @@ static void screen_tile(const float* tile, int64_t height, const RowSide* rows, 
     Candidate* const out = hits + r * kTileCols;
     int32_t count = 0;
     for (int64_t c = 0; c < kTileCols; c += kLanes) {
-      const Lanes score = load(tile + r * kTileCols + c) * rows[r].scale * load(columns.scale + c) + load(columns.bias + c);
+      const Lanes score =
+          load(tile + r * kTileCols + c) * rows[r].scale * load(columns.scale + c) + load(columns.bias + c);
       const Lanes radius = rows[r].by_norm * load(columns.norm + c) +
                            (rows[r].by_error * load(columns.error + c) + load(columns.slack + c));
       const Lanes upper = score + radius, lower = score - radius;
@@ -68,8 +69,8 @@ static void screen_tile(const float* tile, int64_t height, const RowSide* rows, 
 }
 
 /// The columns of a panel whose score may exceed 0, row after row; returns how many. Writes up to kSpare beyond them.
-static int64_t positive_hits(const PanelProduct& product, int64_t height, const TileSide* tiles, const ColumnLimit& columns,
-                             int32_t* hits) {
+static int64_t positive_hits(const PanelProduct& product, int64_t height, const TileSide* tiles,
+                             const ColumnLimit& columns, int32_t* hits) {
   constexpr uint64_t kNone = uint64_t{1} << 63;  // beyond all columns; without it the compiler would branch
   int32_t* out = hits;
   for (int64_t first = 0; first < height; first += kTileRows) {
@@ -94,10 +95,11 @@ static int64_t positive_hits(const PanelProduct& product, int64_t height, const 
   return out - hits;
 }
 
-/// The score of each hit; where it exceeds its floor or is NaN it becomes the row's next in `lists` (`room` a row, those
-/// beyond `limit` written over each other), and `active[row]` counts it. job's columns begin with feature `first`.
-static void score_hits(const Scoring& job, const int32_t* hits, int64_t count, int32_t first, Found* lists, int64_t room,
-                       int32_t limit, int32_t* active) {
+/// The score of each hit; where it exceeds its floor or is NaN it becomes the row's next in `lists` (`room` a row,
+/// those beyond `limit` written over each other), and `active[row]` counts it. job's columns begin with feature
+/// `first`.
+static void score_hits(const Scoring& job, const int32_t* hits, int64_t count, int32_t first, Found* lists,
+                       int64_t room, int32_t limit, int32_t* active) {
   const int64_t depth = job.depth;
   const auto each = [&](const auto& product) __attribute__((always_inline)) {
     for (int64_t i = 0; i < count; ++i) {

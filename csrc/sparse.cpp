@@ -41,9 +41,9 @@ namespace e2e {
 namespace {
 
 constexpr int64_t kCached = int64_t{8} << 20;  // floats that may stay in a cache
-constexpr int64_t kFeaturesAtOnce = 64;       // that a thread takes
-constexpr int64_t kScannedRows = 64;          // rows whose scores a job scans
-constexpr int64_t kSegment = 512;  // columns scanned before the threshold is looked at again
+constexpr int64_t kFeaturesAtOnce = 64;        // that a thread takes
+constexpr int64_t kScannedRows = 64;           // rows whose scores a job scans
+constexpr int64_t kSegment = 512;              // columns scanned before the threshold is looked at again
 
 void check_index(int64_t index, int64_t features) {
   if (index < 0 || index >= features)
@@ -136,7 +136,8 @@ Positives::Positives(int64_t rows, int64_t limit)
 
 /// Appends blocks of `block` rows that cover [begin, end).
 void Positives::divide(int64_t begin, int64_t end, int64_t block) {
-  for (int64_t first = begin; first < end; first += block) blocks_.push_back({first, std::min(block, end - first), {}, {}});
+  for (int64_t first = begin; first < end; first += block)
+    blocks_.push_back({first, std::min(block, end - first), {}, {}});
 }
 
 void Positives::add(const float* scores, int64_t columns, int64_t first, int threads) {
@@ -147,8 +148,8 @@ void Positives::add(const float* scores, int64_t columns, int64_t first, int thr
     for (int64_t row = block.first; row < block.first + block.rows; ++row) {
       const size_t before = block.found.size();
       for (int64_t c = 0; c < columns; c += kSegment) {
-        const int64_t count = E2E_DISPATCH(scan_scores, scores + row * columns + c, std::min(columns - c, kSegment), 0.f,
-                                           static_cast<int32_t>(first + c), hits.data());
+        const int64_t count = E2E_DISPATCH(scan_scores, scores + row * columns + c, std::min(columns - c, kSegment),
+                                           0.f, static_cast<int32_t>(first + c), hits.data());
         const int64_t stored = std::clamp<int64_t>(limit_ - active_[row], 0, count);
         for (int64_t i = 0; i < stored; ++i) block.found.push_back({hits[i].upper, hits[i].index});
         active_[row] += static_cast<int32_t>(count);
@@ -200,17 +201,19 @@ namespace {
 
 /// The transposed code: each feature's used slots, tokens ascending.
 struct Transposed {
-  std::vector<int64_t> start;  // (F + 1)
+  std::vector<int64_t> start;     // (F + 1)
   std::unique_ptr<Slot[]> slots;  // never filled with zeros: that would bring them all to one core
 };
 
-/// A counting sort. Each chunk of tokens counts its slots and later puts them where its share of each feature begins, so the
-/// order is the same for any number of chunks. Puts 0 into the unused slots of dvalues.
+/// A counting sort. Each chunk of tokens counts its slots and later puts them where its share of each feature begins,
+/// so the order is the same for any number of chunks. Puts 0 into the unused slots of dvalues.
 Transposed transpose(const Backward& job, int threads) {
   const int64_t F = job.features;
   // A count for every feature and chunk: no more of them than slots.
   const int64_t chunks = std::clamp<int64_t>(job.rows * job.slots / std::max<int64_t>(F, 1), 1, std::max(threads, 1));
-  const auto rows_of = [&](int64_t chunk) { return std::pair(chunk * job.rows / chunks, (chunk + 1) * job.rows / chunks); };
+  const auto rows_of = [&](int64_t chunk) {
+    return std::pair(chunk * job.rows / chunks, (chunk + 1) * job.rows / chunks);
+  };
   std::vector<int64_t> next(chunks * F);
   parallel_jobs(chunks, threads, [&](int64_t chunk, int) {
     const auto [first, last] = rows_of(chunk);
@@ -236,8 +239,7 @@ Transposed transpose(const Backward& job, int threads) {
         const int64_t i = n * job.slots + k;
         if (!(job.values[i] <= 0))
           code.slots[to[job.indices[i]]++] = {static_cast<int32_t>(n), static_cast<int32_t>(k), job.values[i]};
-        else if (job.dvalues)
-          job.dvalues[i] = 0;
+        else if (job.dvalues) job.dvalues[i] = 0;
       }
   });
   return code;
@@ -247,9 +249,11 @@ Transposed transpose(const Backward& job, int threads) {
 
 void code_backward(const Backward& job, int threads) {
   const Transposed code = transpose(job, threads);
-  // Gradients larger than the caches are not read before they are complete: writing past the caches saves fetching them.
+  // Gradients larger than the caches are not read before they are complete: writing past the caches saves fetching
+  // them.
   const auto aligned = [&](const float* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; };
-  const bool past_caches = job.features * job.width >= kCached && job.width % 16 == 0 && aligned(job.dW_dec) && aligned(job.dW_enc);
+  const bool past_caches =
+      job.features * job.width >= kCached && job.width % 16 == 0 && aligned(job.dW_dec) && aligned(job.dW_enc);
   parallel_for(job.features, kFeaturesAtOnce, threads, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(2 * job.width);
     E2E_DISPATCH(backward_features, job, begin, end, code.slots.get(), code.start.data(), past_caches, scratch.data());

@@ -9,8 +9,8 @@
 
 namespace e2e {
 
-/// What an encoder scores: x (rows, depth), weight (features, depth), bias (features) or null. `floor` (features): what a
-/// feature's score must exceed, >= 0, for Positives alone; null: 0.
+/// What an encoder scores: x (rows, depth), weight (features, depth), bias (features) or null. `floor` (features): what
+/// a feature's score must exceed, >= 0, for Positives alone; null: 0.
 struct Scoring {
   const float *x, *weight, *bias;
   int64_t features, depth;
@@ -32,8 +32,9 @@ struct Candidate {
   int32_t index;
 };
 
-/// Keeps, for each row, the k ≥ 1 best features of score blocks that arrive feature by feature: N × F scores never exist
-/// at once. What is not positive is dropped. Equal scores: the lower feature wins. NaN scores count as the greatest.
+/// Keeps, for each row, the k ≥ 1 best features of score blocks that arrive feature by feature: N × F scores never
+/// exist at once. What is not positive is dropped. Equal scores: the lower feature wins. NaN scores count as the
+/// greatest.
 class Selection {
  public:
   Selection(int64_t rows, int64_t k) : k_(k), rows_(rows) {}
@@ -56,8 +57,8 @@ class Selection {
   struct Row {
     std::vector<Candidate> kept;
     float threshold = 0;  // nothing <= it can be selected: relu drops what is not positive
-    // The greatest lower bounds as keys (see order()), at least the k best of them; of those the least once there are k,
-    // which no winner's upper bound lies below; how many candidates to keep before losers are looked for.
+    // The greatest lower bounds as keys (see order()), at least the k best of them; of those the least once there are
+    // k, which no winner's upper bound lies below; how many candidates to keep before losers are looked for.
     std::vector<int32_t> best;
     int32_t bound = INT32_MIN;
     int64_t room = 0;
@@ -86,7 +87,8 @@ class Positives {
   /// As Selection's.
   void add(const float* scores, int64_t columns, int64_t first, int threads);
 
-  /// As Selection's; a candidate is what an upper bound above its floor has, and its float32 score is taken on the spot.
+  /// As Selection's; a candidate is what an upper bound above its floor has, and its float32 score is taken on the
+  /// spot.
   bool screen(const Scoring& job, Precision precision, int64_t share, int threads);
 
   int64_t rows() const { return static_cast<int64_t>(active_.size()); }
@@ -115,22 +117,22 @@ class Positives {
 /// Which slots `decode` takes: those of a code (value > 0 or NaN), or those of a gradient (value != 0).
 enum class Slots { positive, nonzero };
 
-/// y[n] = bias + Σ_k values[n, k] · s_j · weight[j], j = indices[n, k], s_j = 1 / max(‖weight[j]‖, 1e-12) with `normalize`,
-/// else 1; bias may be null. Norms are taken of the rows in use alone. O(N·K·D). Throws std::invalid_argument when an
-/// index lies outside [0, features).
+/// y[n] = bias + Σ_k values[n, k] · s_j · weight[j], j = indices[n, k], s_j = 1 / max(‖weight[j]‖, 1e-12) with
+/// `normalize`, else 1; bias may be null. Norms are taken of the rows in use alone. O(N·K·D). Throws
+/// std::invalid_argument when an index lies outside [0, features).
 void decode(const float* values, const int32_t* indices, int64_t rows, int64_t slots, const float* weight,
             int64_t features, int64_t width, bool normalize, const float* bias, Slots which, float* y, int threads);
 
 /// What the backward pass reads and writes; pointers that are null are left out. N = rows, K = slots, F, D = width.
 struct Backward {
   int64_t rows, slots, features, width;
-  const float* values;     // (N, K)
-  const int32_t* indices;  // (N, K)
-  const float* dvalues_in; // (N, K) or null, entry (n, k) at n · stride_n + k · stride_k
+  const float* values;      // (N, K)
+  const int32_t* indices;   // (N, K)
+  const float* dvalues_in;  // (N, K) or null, entry (n, k) at n · stride_n + k · stride_k
   int64_t stride_n, stride_k;
-  const float* g;          // (N, D) gradient of the output, or null
-  const float* W_dec;      // (F, D) with g
-  const float* x;          // (N, D) or null
+  const float* g;      // (N, D) gradient of the output, or null
+  const float* W_dec;  // (F, D) with g
+  const float* x;      // (N, D) or null
   bool normalize;
   float* dW_dec;   // (F, D) or null
   float* dW_enc;   // (F, D) or null
@@ -150,7 +152,8 @@ void code_backward(const Backward& job, int threads);
 void prefer_huge_pages(void* data, int64_t bytes);
 
 /// Lets malloc keep up to `bytes` of freed memory instead of returning it: temporaries of tens of megabytes, made anew
-/// for every chunk, otherwise spend half their time in page faults. Process-wide; glibc only, elsewhere nothing happens.
+/// for every chunk, otherwise spend half their time in page faults. Process-wide; glibc only, elsewhere nothing
+/// happens.
 void keep_freed_memory(int64_t bytes);
 
 }  // namespace e2e

@@ -33,12 +33,10 @@ E2E_INLINE float scale_of(float* scale, int64_t j, const float* w, int64_t n) {
 E2E_INLINE bool unused(float value, bool keep_negative) { return keep_negative ? value == 0 : value <= 0; }
 
 /// y = bias + Σ_k values[k] scale[j] weight[j]
-E2E_INLINE void decode_row(const float* values, const int32_t* indices, int64_t slots, const float* weight, int64_t width,
-                           float* scale, const float* bias, bool keep_negative, float* y) {
-  if (bias)
-    __builtin_memcpy(y, bias, static_cast<size_t>(width) * sizeof(float));
-  else
-    __builtin_memset(y, 0, static_cast<size_t>(width) * sizeof(float));
+E2E_INLINE void decode_row(const float* values, const int32_t* indices, int64_t slots, const float* weight,
+                           int64_t width, float* scale, const float* bias, bool keep_negative, float* y) {
+  if (bias) __builtin_memcpy(y, bias, static_cast<size_t>(width) * sizeof(float));
+  else __builtin_memset(y, 0, static_cast<size_t>(width) * sizeof(float));
   for (int64_t k = 0; k < slots; ++k) {
     if (unused(values[k], keep_negative)) continue;
     if (k + 1 < slots) {
@@ -114,12 +112,14 @@ E2E_INLINE void write_row(float* y, const float* x, int64_t n, bool past_caches)
   for (int64_t i = 0; i < n; i += kLanes) stream(y + i, load(x + i));
 }
 
-/// The share of the row w that its gradient's projection takes away. Rows shorter than 1e-12 were divided by that constant:
-/// nothing is projected out of theirs.
+/// The share of the row w that its gradient's projection takes away. Rows shorter than 1e-12 were divided by that
+/// constant: nothing is projected out of theirs.
 E2E_INLINE float share_along(float product, float s) { return s < 1e12f ? product * s * s : 0; }
 
-/// Feature j with its slots, tokens ascending. Sums are formed in `scratch` (2 D), and written to the results' rows once.
-E2E_INLINE void backward_wide(const Backward& job, int64_t j, const Slot* slots, int64_t n, bool past_caches, float* scratch) {
+/// Feature j with its slots, tokens ascending. Sums are formed in `scratch` (2 D), and written to the results' rows
+/// once.
+E2E_INLINE void backward_wide(const Backward& job, int64_t j, const Slot* slots, int64_t n, bool past_caches,
+                              float* scratch) {
   const int64_t D = job.width;
   float* const a = job.dW_dec ? scratch : nullptr;
   float* const e = job.dW_enc ? scratch + D : nullptr;
@@ -185,7 +185,8 @@ E2E_INLINE void backward_narrow(const Backward& job, int64_t j, const Slot* slot
     const float along = share_along(sum(product), s);
     for (int r = 0; r < R; ++r) a[r] = (a[r] - along * w[r]) * s;
   }
-  for (int r = 0; r < R; ++r) store(job.dW_dec + j * D + r * kLanes, a[r]), store(job.dW_enc + j * D + r * kLanes, e[r]);
+  for (int r = 0; r < R; ++r)
+    store(job.dW_dec + j * D + r * kLanes, a[r]), store(job.dW_enc + j * D + r * kLanes, e[r]);
   job.db_enc[j] = db;
 }
 
@@ -193,7 +194,8 @@ E2E_INLINE void backward_narrow(const Backward& job, int64_t j, const Slot* slot
 static void backward_features(const Backward& job, int64_t begin, int64_t end, const Slot* slots, const int64_t* start,
                               bool past_caches, float* scratch) {
   const auto wide = [&]() __attribute__((always_inline)) {
-    for (int64_t j = begin; j < end; ++j) backward_wide(job, j, slots + start[j], start[j + 1] - start[j], past_caches, scratch);
+    for (int64_t j = begin; j < end; ++j)
+      backward_wide(job, j, slots + start[j], start[j + 1] - start[j], past_caches, scratch);
   };
   if (past_caches || !job.g || !job.x || !job.dW_dec || !job.dW_enc) return wide();
   by_width(

@@ -21,8 +21,8 @@
 namespace e2e {
 namespace {
 
-/// One parallel loop. Every thread has a share of consecutive pieces, the same in every loop of one length, so that what it
-/// wrote in one loop is in its core's cache in the next; who is done takes pieces from the others' shares.
+/// One parallel loop. Every thread has a share of consecutive pieces, the same in every loop of one length, so that
+/// what it wrote in one loop is in its core's cache in the next; who is done takes pieces from the others' shares.
 class Loop {
  public:
   Loop(int64_t count, int64_t grain, int threads, const std::function<void(int64_t, int64_t)>& body)
@@ -72,12 +72,13 @@ class Loop {
 /// Set on the pool's workers, and on a caller while its loop runs: a loop inside a loop stays on its thread.
 thread_local bool inside = false;
 
-std::atomic<bool> forked{false};     // in a child of the process that loaded this library: its OpenMP threads are gone
+std::atomic<bool> forked{false};  // in a child of the process that loaded this library: its OpenMP threads are gone
 std::atomic<bool> own_forced{false};
 
-// ---- the threads that torch uses --------------------------------------------------------------------------------------
+// ---- the threads that torch uses ----
 
-/// GNU's entry to a parallel region, which Intel's and LLVM's runtimes have too: region(data) on every thread of a team.
+/// GNU's entry to a parallel region, which Intel's and LLVM's runtimes have too: region(data) on every thread of a
+/// team.
 using ParallelRegion = void (*)(void (*region)(void*), void* data, unsigned threads, unsigned flags);
 
 struct OpenMP {
@@ -130,7 +131,7 @@ struct Region {
   }
 };
 
-// ---- threads of our own -------------------------------------------------------------------------------------------------
+// ---- threads of our own ----
 
 /// Lives until the process ends: its workers wait, and joining them at exit would only invite deadlocks.
 class Pool {
@@ -180,14 +181,15 @@ Pool* pool = nullptr;
 std::mutex pool_mutex;
 
 #if defined(__unix__) || defined(__APPLE__)
-/// A forked child inherits no thread but its caller: it forgets the parent's pool, and OpenMP, which would wait for its own.
-[[maybe_unused]] const int registered = pthread_atfork(
-    [] { pool_mutex.lock(); }, [] { pool_mutex.unlock(); },
-    [] {
-      pool = nullptr;  // leaked on purpose: its mutexes are in an unknown state
-      forked = true;
-      pool_mutex.unlock();
-    });
+/// A forked child inherits no thread but its caller: it forgets the parent's pool, and OpenMP, which would wait for its
+/// own.
+[[maybe_unused]] const int registered =
+    pthread_atfork([] { pool_mutex.lock(); }, [] { pool_mutex.unlock(); },
+                   [] {
+                     pool = nullptr;  // leaked on purpose: its mutexes are in an unknown state
+                     forked = true;
+                     pool_mutex.unlock();
+                   });
 #endif
 
 /// Made at the first call.
@@ -205,7 +207,8 @@ void force_own_threads(bool own) { own_forced = own; }
 void parallel_for(int64_t count, int64_t grain, int threads, const std::function<void(int64_t, int64_t)>& body) {
   if (count <= 0) return;
   grain = std::max<int64_t>(grain, 1);
-  const int workers = inside ? 1 : static_cast<int>(std::clamp<int64_t>((count + grain - 1) / grain, 1, std::max(threads, 1)));
+  const int workers =
+      inside ? 1 : static_cast<int>(std::clamp<int64_t>((count + grain - 1) / grain, 1, std::max(threads, 1)));
   Loop loop(count, grain, workers, body);
   if (workers == 1) {
     loop.work(0);

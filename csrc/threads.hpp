@@ -1,8 +1,9 @@
-/// Loops on several threads: those of the OpenMP runtime that the process has loaded (torch's), else a pool of std::thread.
+/// Loops on several threads: those of the OpenMP runtime that the process has loaded (torch's), else a pool of
+/// std::thread.
 ///
 /// OpenMP's threads spin for about a millisecond after a region. Threads of our own would have to wait for them to be
-/// scheduled, and torch's next region for ours; loops on the same threads follow each other without a pause. The runtime is
-/// looked up in the running process, so nothing is linked to it.
+/// scheduled, and torch's next region for ours; loops on the same threads follow each other without a pause. The
+/// runtime is looked up in the running process, so nothing is linked to it.
 #pragma once
 
 #include <algorithm>
@@ -23,9 +24,9 @@ Runtime runtime();
 void force_own_threads(bool own);
 
 /// Runs `body(begin, end)` over [0, count) in pieces of at most `grain`, on up to `threads` threads, the caller among
-/// them. A thread begins with its own share, which is the same for every loop of one length, and then helps others: results
-/// must not depend on which thread takes which piece. The first exception is rethrown. Any number of callers; a nested call
-/// runs on its own thread alone.
+/// them. A thread begins with its own share, which is the same for every loop of one length, and then helps others:
+/// results must not depend on which thread takes which piece. The first exception is rethrown. Any number of callers; a
+/// nested call runs on its own thread alone.
 void parallel_for(int64_t count, int64_t grain, int threads, const std::function<void(int64_t, int64_t)>& body);
 
 /// `body(job, slot)` for every job in [0, jobs), each once. Of the slots [0, threads) each is one running body's alone:

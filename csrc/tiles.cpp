@@ -69,22 +69,22 @@ template <class Step>
 using Sums = typename Step::Acc[kTileRows][kVectors];
 
 /// Declares `acc`, the products of the panels, in vectors of 16 columns.
-#define E2E_MULTIPLY(STEP, acc)                                                                                      \
-  Sums<STEP> acc;                                                                                                    \
-  _Pragma("GCC unroll 8") for (int r = 0; r < kTileRows; ++r)                                                        \
-      _Pragma("GCC unroll 3") for (int v = 0; v < kVectors; ++v) acc[r][v] = STEP::zero();                           \
-  for (int64_t k = 0; k < words; ++k, a += kTileRows, b += kTileCols) {                                              \
-    const __m512i b0 = _mm512_load_si512(b), b1 = _mm512_load_si512(b + 16), b2 = _mm512_load_si512(b + 32);         \
-    _Pragma("GCC unroll 8") for (int r = 0; r < kTileRows; ++r) {                                                    \
-      acc[r][0] = STEP::step(acc[r][0], a + r, b0);                                                                  \
-      acc[r][1] = STEP::step(acc[r][1], a + r, b1);                                                                  \
-      acc[r][2] = STEP::step(acc[r][2], a + r, b2);                                                                  \
-    }                                                                                                                \
+#define E2E_MULTIPLY(STEP, acc)                                                                              \
+  Sums<STEP> acc;                                                                                            \
+  _Pragma("GCC unroll 8") for (int r = 0; r < kTileRows; ++r)                                                \
+      _Pragma("GCC unroll 3") for (int v = 0; v < kVectors; ++v) acc[r][v] = STEP::zero();                   \
+  for (int64_t k = 0; k < words; ++k, a += kTileRows, b += kTileCols) {                                      \
+    const __m512i b0 = _mm512_load_si512(b), b1 = _mm512_load_si512(b + 16), b2 = _mm512_load_si512(b + 32); \
+    _Pragma("GCC unroll 8") for (int r = 0; r < kTileRows; ++r) {                                            \
+      acc[r][0] = STEP::step(acc[r][0], a + r, b0);                                                          \
+      acc[r][1] = STEP::step(acc[r][1], a + r, b1);                                                          \
+      acc[r][2] = STEP::step(acc[r][2], a + r, b2);                                                          \
+    }                                                                                                        \
   }
 
 #define E2E_TILE(NAME, STEP, TARGET)                                                                                 \
   __attribute__((target(TARGET))) void NAME(const uint32_t* a, const uint32_t* b, int64_t words,                     \
-                                            const int32_t* offset, __m512 (&out)[kTileRows][kVectors]) {             \
+                                            const int32_t* offset, __m512(&out)[kTileRows][kVectors]) {              \
     E2E_MULTIPLY(STEP, acc)                                                                                          \
     _Pragma("GCC unroll 8") for (int r = 0; r < kTileRows; ++r)                                                      \
         _Pragma("GCC unroll 3") for (int v = 0; v < kVectors; ++v) out[r][v] = STEP::result(acc[r][v], offset[r]);   \
@@ -96,8 +96,8 @@ using Sums = typename Step::Acc[kTileRows][kVectors];
     _Pragma("GCC unroll 8") for (int r = 0; r < kTileRows; ++r) {                                                    \
       uint64_t bits = 0;                                                                                             \
       _Pragma("GCC unroll 3") for (int v = 0; v < kVectors; ++v) {                                                   \
-        const __m512 limit = _mm512_fmadd_ps(_mm512_load_ps(slope + 16 * v), _mm512_set1_ps(unit[r]),                \
-                                             _mm512_load_ps(base + 16 * v));                                         \
+        const __m512 limit =                                                                                         \
+            _mm512_fmadd_ps(_mm512_load_ps(slope + 16 * v), _mm512_set1_ps(unit[r]), _mm512_load_ps(base + 16 * v)); \
         const __m512 product = STEP::result(acc[r][v], offset[r]);                                                   \
         bits |= static_cast<uint64_t>(_mm512_cmp_ps_mask(product, limit, _CMP_NLE_UQ)) << (16 * v);                  \
       }                                                                                                              \

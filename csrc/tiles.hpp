@@ -51,10 +51,11 @@ void pack(const uint32_t* words, int64_t count, uint32_t flip, int64_t width, in
 
 /// out (8, 48): the products of a packed row panel and a packed column panel, before the int8 scales. `offset` (8) is
 /// added to int8 products. `out` and the panels are 64-byte aligned.
-void multiply(Engine engine, const uint32_t* rows, const uint32_t* columns, int64_t words, const int32_t* offset, float* out);
+void multiply(Engine engine, const uint32_t* rows, const uint32_t* columns, int64_t words, const int32_t* offset,
+              float* out);
 
-/// Bit c of above[r] (8): whether the same product, r of the rows and c of the columns, exceeds base[c] + slope[c] · unit[r]
-/// or is compared with NaN. base and slope (48) are 64-byte aligned.
+/// Bit c of above[r] (8): whether the same product, r of the rows and c of the columns, exceeds base[c] + slope[c] ·
+/// unit[r] or is compared with NaN. base and slope (48) are 64-byte aligned.
 void multiply_above(Engine engine, const uint32_t* rows, const uint32_t* columns, int64_t words, const int32_t* offset,
                     const float* base, const float* slope, const float* unit, uint64_t* above);
 

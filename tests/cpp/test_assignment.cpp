@@ -4,20 +4,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <numeric>
 #include <random>
 #include <stdexcept>
 
-using namespace e2e;
+#include "check.hpp"
 
-#define CHECK(condition)                                                        \
-  do {                                                                          \
-    if (!(condition)) {                                                         \
-      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);      \
-      std::exit(1);                                                             \
-    }                                                                           \
-  } while (false)
+using namespace e2e;
 
 struct Owned {
   std::vector<int64_t> start{0};
@@ -108,7 +101,8 @@ static void test_reassign_takes_up_new_edges() {
         }
     Owned merged;
     merged.cols = cols;
-    merge_rows(g.view(), pairs.data(), values.data(), static_cast<int64_t>(pairs.size()), merged.start, merged.col, merged.value);
+    merge_rows(g.view(), pairs.data(), values.data(), static_cast<int64_t>(pairs.size()), merged.start, merged.col,
+               merged.value);
     CHECK(merged.col.size() == g.col.size() + pairs.size());
     reassign(merged.view(), state);
     check_optimal(merged, state, best_by_enumeration(merged));
@@ -170,8 +164,18 @@ static void test_sweep_lists_what_plain_loops_list() {
     quantize(a.data(), a_norm.data(), n, d, p, depth, a_data.data(), a_scale.data(), a_error.data(), 1);
     quantize(b.data(), b_norm.data(), m, d, p, depth, b_data.data(), b_scale.data(), b_error.data(), 2);
     const std::vector<float> level(n, 0.2f);
-    const Sweep job{{p, n, depth, a_data.data(), a_scale.data()}, {p, m, depth, b_data.data(), b_scale.data()},
-                    a_index.data(), n, b_index.data(), m, level.data(), nullptr, nullptr, nullptr, false, 0};
+    const Sweep job{.a = {p, n, depth, a_data.data(), a_scale.data()},
+                    .b = {p, m, depth, b_data.data(), b_scale.data()},
+                    .a_index = a_index.data(),
+                    .a_count = n,
+                    .b_index = b_index.data(),
+                    .b_count = m,
+                    .row_level = level.data(),
+                    .col_level = nullptr,
+                    .price = nullptr,
+                    .limit = nullptr,
+                    .absolute = false,
+                    .block_rows = 0};
     std::vector<uint8_t> capped(n);
     std::vector<uint8_t> listed(n * m, 0);
     for (const Pair& pair : sweep(job, m, capped.data(), 2)) listed[pair.row * m + pair.col] = 1;
@@ -190,5 +194,5 @@ int main() {
   test_ties_are_grouped();
   test_infeasible_and_malformed_graphs_throw();
   test_sweep_lists_what_plain_loops_list();
-  std::puts("ok");
+  return failures();
 }

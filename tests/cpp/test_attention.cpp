@@ -22,7 +22,7 @@ struct Case {
         dq(q.size(), NAN), dk(k.size(), NAN), dv(k.size(), NAN);
     const auto of_queries = [&](auto& x) { return Heads{x.data(), H * T * D, T * D, D}; };
     const auto of_keys = [&](auto& x) { return Heads{x.data(), K * T * D, T * D, D}; };
-    const Attention job{of_queries(q), of_keys(k), of_keys(v), B, H, K, T, D, scale, window, softcap,
+    const Attention job{of_queries(q),   of_keys(k), of_keys(v),    B, H, K, T, D, scale, window, softcap,
                         of_queries(out), top.data(), inverse.data()};
     const auto scratch = [&](bool gradient) {
       const int64_t bytes = (attention_scratch(job, gradient, threads) * 4 + 63) / 64 * 64;
@@ -73,15 +73,24 @@ struct Case {
 
 static Case random_case(int64_t B, int64_t H, int64_t K, int64_t T, int64_t D, float size = 1.7f) {
   Random random;
-  return {B, H, K, T, D, 1 / std::sqrt(static_cast<float>(D)), random.vector(B * H * T * D, size),
-          random.vector(B * K * T * D, size), random.vector(B * K * T * D), random.vector(B * H * T * D)};
+  return {B,
+          H,
+          K,
+          T,
+          D,
+          1 / std::sqrt(static_cast<float>(D)),
+          random.vector(B * H * T * D, size),
+          random.vector(B * K * T * D, size),
+          random.vector(B * K * T * D),
+          random.vector(B * H * T * D)};
 }
 
 static void compare(const Case& c, int threads, double tolerance) {
   const auto got = c.run(threads);
   const auto want = c.definition();
   for (size_t i = 0; i < want.size(); ++i)
-    for (size_t j = 0; j < want[i].size(); ++j) CHECK(std::abs(got[i][j] - want[i][j]) < tolerance * (1 + std::abs(want[i][j])));
+    for (size_t j = 0; j < want[i].size(); ++j)
+      CHECK(std::abs(got[i][j] - want[i][j]) < tolerance * (1 + std::abs(want[i][j])));
 }
 
 static void matches_the_definition() {

@@ -16,7 +16,8 @@ struct Case {
   std::vector<float> x, gain, shift, W1, b1, W2, b2, stream;
 
   Linear layer(const std::vector<float>& W, int64_t outputs, int64_t inputs, const std::vector<float>& b) const {
-    return {W.data(), outputs, inputs, transposed ? 1 : inputs, transposed ? outputs : 1, b.empty() ? nullptr : b.data()};
+    return {
+        W.data(), outputs, inputs, transposed ? 1 : inputs, transposed ? outputs : 1, b.empty() ? nullptr : b.data()};
   }
   int64_t outputs() const { return O ? O : F; }
 
@@ -67,9 +68,22 @@ static Case random_case(int64_t N, int64_t D, int64_t F, int64_t O, int options)
   Random random;
   const int64_t outputs = O ? O : F;
   const bool biased = options & 8;
-  return {N, D, F, O, (options & 1) != 0, (options & 2) != 0, (options & 4) != 0, options & 16 ? Gelu::erf : Gelu::tanh,
-          random.vector(N * D, 2), random.vector(D), random.vector(D), random.vector(F * D), random.vector(biased ? F : 0),
-          random.vector(O * F), random.vector(biased ? O : 0), random.vector(N * outputs)};
+  return {N,
+          D,
+          F,
+          O,
+          (options & 1) != 0,
+          (options & 2) != 0,
+          (options & 4) != 0,
+          options & 16 ? Gelu::erf : Gelu::tanh,
+          random.vector(N * D, 2),
+          random.vector(D),
+          random.vector(D),
+          random.vector(F * D),
+          random.vector(biased ? F : 0),
+          random.vector(O * F),
+          random.vector(biased ? O : 0),
+          random.vector(N * outputs)};
 }
 
 static void matches_the_definition() {

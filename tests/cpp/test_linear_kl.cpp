@@ -20,8 +20,17 @@ struct Case {
   /// Losses (S · N), then, where asked for, the gradient (S · N · D).
   std::vector<float> run(bool gradient, int threads) const {
     std::vector<float> out(S * N * (gradient ? 1 + D : 1), NAN);
-    const LinearKl job{students.data(), teacher.data(), weight.data(), bias.empty() ? nullptr : bias.data(), S, N, D, V,
-                       cap, out.data(), gradient ? out.data() + S * N : nullptr};
+    const LinearKl job{students.data(),
+                       teacher.data(),
+                       weight.data(),
+                       bias.empty() ? nullptr : bias.data(),
+                       S,
+                       N,
+                       D,
+                       V,
+                       cap,
+                       out.data(),
+                       gradient ? out.data() + S * N : nullptr};
     const int64_t bytes = (linear_kl_scratch(job, threads) * 4 + 63) / 64 * 64;
     const std::unique_ptr<void, void (*)(void*)> scratch(std::aligned_alloc(64, bytes), std::free);
     linear_kl(job, static_cast<float*>(scratch.get()), threads);
@@ -69,7 +78,8 @@ static void compare(const Case& c, int threads) {
       for (int64_t v = 0; v < c.V; ++v) {
         if (std::exp(p[v]) > 0) kl += std::exp(p[v]) * (p[v] - q[v]);
         const double slope = c.cap > 0 ? 1 - std::pow(z_s[v] / c.cap, 2) : 1;
-        for (int64_t d = 0; d < c.D; ++d) gradient[d] += (std::exp(q[v]) - std::exp(p[v])) * slope * c.weight[v * c.D + d];
+        for (int64_t d = 0; d < c.D; ++d)
+          gradient[d] += (std::exp(q[v]) - std::exp(p[v])) * slope * c.weight[v * c.D + d];
       }
       CHECK(std::abs(got[s * c.N + n] - kl) < tolerance * (1 + kl));
       for (int64_t d = 0; d < c.D; ++d)

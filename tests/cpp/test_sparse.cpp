@@ -23,7 +23,8 @@ struct Code {
 
 template <class Scores>
 static Code finish(Scores& selection, int64_t rows, int64_t slots, int threads) {
-  Code code{std::vector<float>(rows * slots, NAN), std::vector<int32_t>(rows * slots, -7), std::vector<int32_t>(rows, -7)};
+  Code code{std::vector<float>(rows * slots, NAN), std::vector<int32_t>(rows * slots, -7),
+            std::vector<int32_t>(rows, -7)};
   selection.finish(code.values.data(), code.indices.data(), code.count.data(), slots, threads);
   return code;
 }
@@ -122,7 +123,8 @@ static void screening_selects_what_exact_scores_select() {
       for (int64_t i = 0; i < depth; ++i) w[6 * depth + i] = w[7 * depth + i] = 1e-39f;  // subnormal
       std::copy_n(&w[10 * depth], depth, &w[11 * depth]);                                // a tie
       for (int64_t r = 0; r < rows; ++r)  // tiles of rows of very different norms, zeros among them
-        for (int64_t i = 0; i < depth; ++i) x[r * depth + i] *= r % 5 == 3 ? 0.f : std::ldexp(1.f, static_cast<int>(r * 7 % 23) - 20);
+        for (int64_t i = 0; i < depth; ++i)
+          x[r * depth + i] *= r % 5 == 3 ? 0.f : std::ldexp(1.f, static_cast<int>(r * 7 % 23) - 20);
       std::vector<float> exact(rows * columns), floor = random.vector(columns, 4);
       for (float& f : floor) f = std::max(f, 0.f);
       for (int64_t r = 0; r < rows; ++r)
@@ -192,11 +194,12 @@ static void decode_and_backward_match_loops() {
           for (int64_t j = 0; j < F; ++j) scale[j] = 1 / std::sqrt(product(&W[j * D], &W[j * D], D));
 
         std::vector<float> y(N * D, NAN);
-        decode(values.data(), indices.data(), N, K, W.data(), F, D, normalize, bias.data(), Slots::positive, y.data(), threads);
+        decode(values.data(), indices.data(), N, K, W.data(), F, D, normalize, bias.data(), Slots::positive, y.data(),
+               threads);
         std::vector<double> a(F * D), e(F * D), db(F);
         std::vector<float> dv(N * K, NAN), dW_dec(F * D, NAN), dW_enc(F * D, NAN), db_enc(F, NAN);
-        code_backward({N, K, F, D, values.data(), indices.data(), dv_in.data(), 1, N, g.data(), W.data(), x.data(), normalize,
-                       dW_dec.data(), dW_enc.data(), db_enc.data(), dv.data()},
+        code_backward({N, K, F, D, values.data(), indices.data(), dv_in.data(), 1, N, g.data(), W.data(), x.data(),
+                       normalize, dW_dec.data(), dW_enc.data(), db_enc.data(), dv.data()},
                       threads);
         for (int64_t n = 0; n < N; ++n) {
           std::vector<double> expected(bias.begin(), bias.end());
@@ -254,10 +257,13 @@ static void empty_inputs_are_legal() {
   Positives blank(2, -1);
   CHECK(blank.fullest() == 0);
   const Code nothing = finish(blank, 2, 3, 2);
-  CHECK(nothing.values == std::vector<float>(6) && nothing.indices == std::vector<int32_t>(6) && nothing.count == std::vector<int32_t>(2));
+  CHECK(nothing.values == std::vector<float>(6) && nothing.indices == std::vector<int32_t>(6) &&
+        nothing.count == std::vector<int32_t>(2));
   std::vector<float> dW(8, NAN), dv;
   const std::vector<float> W(8, 1.f);
-  code_backward({0, 0, 2, 4, nullptr, nullptr, nullptr, 0, 0, W.data(), W.data(), nullptr, true, dW.data(), nullptr, nullptr, nullptr}, 2);
+  code_backward({0, 0, 2, 4, nullptr, nullptr, nullptr, 0, 0, W.data(), W.data(), nullptr, true, dW.data(), nullptr,
+                 nullptr, nullptr},
+                2);
   for (float v : dW) CHECK(v == 0);
 }
 
