@@ -10,6 +10,8 @@ graphs of its own, so that a change in one (dense to sparse) leaves the others' 
 * A new situation (loss, size, dense or sparse, …) runs eagerly `WARM_UP` times, as part of the training, before it is
   recorded. Batches of another shape than the first, such as a smaller last one, always run eagerly.
 * What changes from step to step comes in through static buffers: the tokens, and the rows on which the KL is estimated.
+* A graph reads the optimizer's rounded weights and norms (`optimizer.Shadow`) where they were current when it was
+  recorded; while they are not (before the first update, after a change by hand) the situation is another one.
 * ReLU codes run dense or sparse (`e2e_fast.kernels.density`), each with its own graph. After a sparse one the fullest
   row is read, the step's only wait for the GPU; where it did not fit, the step's gradients are dropped and it runs
   again, dense.
@@ -26,6 +28,7 @@ once to be recorded, and its outputs hold valid numbers after each ``replay()``.
 """
 
 import gc
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -45,7 +48,7 @@ WARM_UP = 3
 """Eager runs of a situation before it is recorded: they compile kernels, fill caches and make the attention masks."""
 
 KEPT = 4
-"""Recorded situations that a member keeps; the oldest goes."""
+"""Recorded situations that a member keeps; before a fifth all graphs go."""
 
 Recorded = tuple[Callable[[], None], Any]
 Record = Callable[[Callable[[], Any]], Recorded]
@@ -89,8 +92,7 @@ class StepGraphs(step.Steps):
         with timings.phase("prefix and teacher (graph)"):
             static.copy_(tokens, non_blocking=True)
             if situation not in self._originals:
-                for recorded in (self._originals, *self._members.values()):
-                    recorded.clear()  # the members' graphs read what the last recorded pass gave
+                self._forget()  # the members' graphs read what the last recorded pass gave
                 self._originals[situation] = self._new(lambda: step.original_pass(lm, wanted, static))
             original = self._recorded_original = self._replay(self._originals[situation])
             return original
@@ -100,11 +102,15 @@ class StepGraphs(step.Steps):
         for sae in deciding:
             sae.density.refresh()
         sparse = tuple(sae.density.sparse for sae in deciding)
+        shadowed = tuple(s.holds(s.parameter) for sae in work.saes.values() for s in sae.shadows.values())
         shape = None if work.kl_rows is None else work.kl_rows.shape
-        situation = (work.loss, work.accumulation_steps, sparse, shape)
+        situation = (work.loss, work.accumulation_steps, sparse, shadowed, shape)
         situations = self._members.setdefault(tuple(map(id, work.saes.values())), _Situations())
         is_warm = situations.is_warm(situation)
         if not is_warm or None in sparse or work.original is None or work.original is not self._recorded_original:
+            return super()._step(work)
+        if situation not in situations and len(situations) >= KEPT:
+            self._forget()
             return super()._step(work)
         with work.timings.phase("SAE to backward (graph)"):
             if situation not in situations:
@@ -118,6 +124,15 @@ class StepGraphs(step.Steps):
             if fitted:
                 _hand_over(member.parameters, outputs.gradients, alone=work.accumulation_steps == 1)
         return outputs.result if fitted else super()._step(work)  # whoever did not fit is dense now
+
+    def _forget(self) -> None:
+        """Drops all graphs together: in some torch 2.x destroying one takes cuBLAS's workspace from the others.
+
+        (pytorch/pytorch#193402: a workspace belongs to a stream, and all graphs here are recorded on one.)
+        """
+        self._recorded_original = None
+        for recorded in (self._originals, *self._members.values()):
+            recorded.clear()
 
     def _new(self, work: Callable[[], Any]) -> Recorded:
         self.recordings += 1
@@ -133,20 +148,24 @@ class StepGraphs(step.Steps):
 class CudaRecorder:
     """Records CUDA graphs which share one memory pool: they run one after the other, in the order of the step."""
 
-    def __init__(self) -> None:
-        self._pool: Any = None
+    def __init__(self, device: torch.device | str = "cuda") -> None:
+        self._device = torch.device(device)
         self._stream: torch.cuda.Stream | None = None
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     def __call__(self, work: Callable[[], Any]) -> Recorded:
-        if self._stream is None:
-            self._stream = torch.cuda.Stream()
-        gc.collect()  # autograd graphs of earlier steps must not meet this one's on another stream
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: the data thread may pin memory meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            outputs = work()
-        self._pool = graph.pool()
+        with torch.cuda.device(self._device):  # on a stream of another one nothing would be recorded, without a word
+            if self._stream is None:
+                self._stream = torch.cuda.Stream()
+            gc.collect()  # autograd graphs of earlier steps must not meet this one's on another stream
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            # A pool that no graph uses any more must not be named again: torch's allocator stops at it.
+            pool = next((other.pool() for other in self._graphs), None)
+            # thread_local: the data thread may pin memory meanwhile.
+            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
+                outputs = work()
+        self._graphs.add(graph)
         return graph.replay, outputs
 
 
@@ -156,11 +175,6 @@ class _Situations(dict[Hashable, Any]):
     def __init__(self) -> None:
         super().__init__()
         self._runs: dict[Hashable, int] = {}
-
-    def __setitem__(self, situation: Hashable, recorded: Any) -> None:
-        while len(self) >= KEPT:
-            del self[next(iter(self))]
-        super().__setitem__(situation, recorded)
 
     def is_warm(self, situation: Hashable) -> bool:
         """Whether it has run eagerly often enough; if not, counts one more run."""

@@ -32,13 +32,14 @@ class PeakMemory:
     bytes: int = 0
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        self._cuda = torch.device(device).type == "cuda"
+        self._device = torch.device(device)
+        self._cuda = self._device.type == "cuda"
 
     def __enter__(self) -> Self:
         if self._cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self._start = torch.cuda.memory_allocated()
+            torch.cuda.synchronize(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._start = torch.cuda.memory_allocated(self._device)
         else:
             # Memory that was freed but is kept for reuse would hide what the work needs: give it back first (glibc).
             with contextlib.suppress(OSError, AttributeError):
@@ -52,8 +53,8 @@ class PeakMemory:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._cuda:
-            torch.cuda.synchronize()
-            self.bytes = torch.cuda.max_memory_allocated() - self._start
+            torch.cuda.synchronize(self._device)
+            self.bytes = torch.cuda.max_memory_allocated(self._device) - self._start
         else:
             self.bytes = max(0, _resident("VmHWM") - self._start)
 
@@ -82,7 +83,7 @@ class Timings:
     def __init__(self, device: torch.device | str = "cpu", *, enabled: bool = True) -> None:
         self.seconds: dict[str, float] = {}
         self.enabled = enabled
-        self._cuda = torch.device(device).type == "cuda"
+        self._device = torch.device(device)
         self._inner = [0.0]
 
     @contextlib.contextmanager
@@ -106,6 +107,6 @@ class Timings:
         return sum(self.seconds.values())
 
     def _now(self) -> float:
-        if self._cuda:
-            torch.cuda.synchronize()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         return time.perf_counter()

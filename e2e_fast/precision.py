@@ -14,8 +14,8 @@ True
 """
 
 import contextlib
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,13 +34,30 @@ def resolve(wanted: Precision | None, device: torch.device | str) -> Precision:
 @contextlib.contextmanager
 def arithmetic(precision: Precision, device: torch.device | str) -> Iterator[None]:
     """The products of the block run in ``precision``; the process's own settings come back afterwards."""
-    before = torch.get_float32_matmul_precision()
+    put_back = _float32_products()
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     try:
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        put_back()
+
+
+def _float32_products() -> Callable[[], None]:
+    """What brings back how the process multiplies float32 matrices now."""
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # chosen under torch 2.9's names, after which it refuses to be asked under the older ones
+        backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+        chosen = [backend.fp32_precision for backend in backends]
+
+        def put_back() -> None:
+            torch.set_float32_matmul_precision("highest")
+            for backend, precision in zip(backends, chosen, strict=True):
+                backend.fp32_precision = precision
+
+        return put_back
+    return lambda: torch.set_float32_matmul_precision(before)
 
 
 def reduced_dtype(device: torch.device) -> torch.dtype | None:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from e2e_fast import __version__, checkpoint
 from e2e_fast.config import EVAL_SEED_OFFSET, Config, load_config, require_same_run
-from e2e_fast.cuda_graphs import StepGraphs
+from e2e_fast.cuda_graphs import CudaRecorder, StepGraphs
 from e2e_fast.data import TokenBatches
 from e2e_fast.distributed import World, join
 from e2e_fast.evaluation import count_together, evaluate, evaluate_together
@@ -142,7 +142,7 @@ class Trainer:
             return None
         if torch.device(device).type != "cuda":
             raise ValueError(f"cuda_graphs needs an NVIDIA GPU, got device {device}: leave it false there")
-        return StepGraphs(member.saes for member in self.members)
+        return StepGraphs((member.saes for member in self.members), CudaRecorder(device))
 
     @property
     def _steps(self) -> Steps:

@@ -96,10 +96,8 @@ def _unit(W_dec: Tensor, block: slice, normalize: bool, inverse_norms: Tensor | 
     rows = W_dec[block]
     if not normalize:
         return rows
-    scale = _scale(rows, block, inverse_norms)[:, None]
-    if rows.dtype == torch.float16:  # beyond which 1 / ‖row‖ of a short row is
-        return (rows * scale).to(rows.dtype)
-    return rows * scale.to(rows.dtype)
+    # Scaled before it is rounded: 1 / ‖row‖ of a short row is beyond float16.
+    return (rows * _scale(rows, block, inverse_norms)[:, None]).to(rows.dtype)
 
 
 def _scale(rows: Tensor, block: slice, inverse_norms: Tensor | None) -> Tensor:

@@ -1,6 +1,9 @@
 """The bookkeeping of recorded steps, on a CPU with a stand-in for CUDA graphs; and CUDA graphs where there is a GPU."""
 
-from collections.abc import Callable
+import contextlib
+import gc
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,9 +14,11 @@ import torch
 from tiny import AT, LAST, LATER
 
 import e2e_fast
-from e2e_fast import losses, step
+from e2e_fast import cuda_graphs, losses, step
 from e2e_fast.cuda_graphs import WARM_UP, StepGraphs
 from e2e_fast.lm import LM
+from e2e_fast.optimizer import Adam
+from e2e_fast.precision import arithmetic
 from e2e_fast.sae import SAE, to_e2e_sae
 
 RELU = {"sae_positions": AT, "dict_size_to_input_ratio": 3.0}
@@ -194,6 +199,115 @@ def test_a_single_micro_batch_needs_no_copy_of_the_gradient(model: Any, tokens: 
     assert gradients[-1] is gradients[-2] is gradients[-3] is not gradients[0]
 
 
+def test_a_weight_changed_by_hand_is_seen_where_graphs_read_the_optimizers_copies(
+    model: Any, tokens: np.ndarray
+) -> None:
+    driver = Driver(model, tokens, accumulation_steps=1)
+    driver.bias(few=False)  # dense throughout
+    optimizers = [Adam(s.parameters(), 1e-2, s.shadows.values(), own=True) for s in (driver.ours, driver.theirs)]
+
+    def train() -> None:
+        with arithmetic("bf16", "cpu"):
+            driver.step()  # compares with an eager step
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    for _ in range(WARM_UP + 2):
+        train()
+    # Before the first update there are no copies: that situation is another one.
+    assert (driver.graphs.recordings, driver.graphs.replays) == (2, 3)
+    with torch.no_grad():
+        driver.ours.W_enc.neg_()
+        driver.theirs.W_enc.neg_()
+    train()
+    train()
+    assert (driver.graphs.recordings, driver.graphs.replays) == (2, 6)  # eager for one step, then the graph again
+
+
+def test_graphs_are_dropped_all_together(model: Any, tokens: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "KEPT", 1)
+    config = settings(schedule=[{"until": 0.5, "loss": "balanced"}, {"loss": "e2e"}])
+    living: list[weakref.ref[Any]] = []
+    dropped = []
+
+    def record(work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        gc.collect()
+        gone = [ref() is None for ref in living]
+        if any(gone):
+            assert all(gone)
+            dropped.append(len(gone))
+            living.clear()
+        replay, outputs = tape.record(work)
+        living.append(weakref.ref(replay.__self__))  # pyright: ignore[reportFunctionMemberAccess]
+        return replay, outputs
+
+    trainer = e2e_fast.Trainer(config, model, tokens, quiet=True)
+    trainer.graphs = StepGraphs([member.saes for member in trainer.members], record)
+    assert_equal(trainer.fit(), e2e_fast.train(config, model, tokens, quiet=True))
+    assert dropped == [2]
+    assert trainer.graphs.recordings == 4
+
+
+class Allocator:
+    """torch.cuda's graphs as its allocator sees them: a pool is made by its first graph and lost with its last."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.device, self.streams, self.users = 0, list[int](), dict[int, int]()
+        for name, stand_in in {
+            "device": self.on, "Stream": self.stream, "synchronize": lambda: None,
+            "CUDAGraph": lambda: Graph(self), "graph": self.capture,
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+
+    @contextlib.contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        before, self.device = self.device, device.index or self.device
+        yield
+        self.device = before
+
+    def stream(self) -> int:
+        return self.device
+
+    @contextlib.contextmanager
+    def capture(self, graph: "Graph", pool: int | None, stream: int, capture_error_mode: str) -> Iterator[None]:
+        self.streams.append(stream)
+        assert pool is None or self.users[pool] > 0, "use_count > 0 INTERNAL ASSERT FAILED"
+        graph.number = len(self.users) if pool is None else pool
+        self.users[graph.number] = self.users.get(graph.number, 0) + 1
+        yield
+
+
+class Graph:
+    def __init__(self, allocator: Allocator) -> None:
+        self.allocator, self.number = allocator, -1
+
+    def __del__(self) -> None:
+        self.allocator.users[self.number] -= 1
+
+    def pool(self) -> int:
+        return self.number
+
+    def replay(self) -> None: ...
+
+
+def test_graphs_share_a_pool_while_one_of_them_lives_and_are_recorded_on_their_own_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    allocator = Allocator(monkeypatch)
+    record = cuda_graphs.CudaRecorder("cuda:1")
+    recorded = [record(lambda: 1), record(lambda: 2)]
+    assert allocator.users == {0: 2}
+    del recorded[0]
+    recorded.append(record(lambda: 3))
+    assert allocator.users == {0: 2}
+    recorded.clear()
+    recorded.append(record(lambda: 4))
+    assert allocator.users == {0: 0, 1: 1}
+    assert allocator.streams == [1] * 4
+    assert allocator.device == 0
+
+
 def test_the_stand_in_refuses_a_step_that_reads_a_value(
     model: Any, tokens: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,16 +341,26 @@ def test_what_cannot_be_recorded_is_refused(model: Any, tokens: np.ndarray) -> N
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need an NVIDIA GPU: torch sees none here")
 @pytest.mark.parametrize("compile", [False, True], ids=["", "compile"])
-@pytest.mark.parametrize("k", [8, None], ids=["topk", "relu"])
+@pytest.mark.parametrize(
+    ("changes", "replays"),
+    [
+        # A second situation warms up too: dense or sparse, and weights with and without the optimizer's copies.
+        ({"saes": RELU | {"k": 8}}, 2 * (24 - 2 * WARM_UP)),
+        ({"saes": RELU}, 2 * (24 - 2 * WARM_UP)),
+        # From the first phase to the second all graphs are dropped, and others recorded.
+        ({"schedule": [{"until": 0.5, "loss": "local"}, {"loss": "balanced"}]}, 2 * (12 - 2 * WARM_UP) + 2),
+    ],
+    ids=["topk", "relu", "schedule"],
+)
 def test_cuda_graphs_replay_the_numbers_of_eager_training(
-    model: Any, tokens: np.ndarray, k: int | None, compile: bool
+    model: Any, tokens: np.ndarray, changes: dict[str, Any], replays: int, compile: bool
 ) -> None:
-    config = settings(device="cuda", saes=RELU | {"k": k}, effective_batch_size=8, kl_positions=0.5, compile=compile)
+    config = settings(device="cuda", effective_batch_size=8, kl_positions=0.5, compile=compile, **changes)
     eager = e2e_fast.train(config, model, tokens, quiet=True)
     trainer = e2e_fast.Trainer(config | {"cuda_graphs": True}, model, tokens, quiet=True)
     ours = trainer.fit()
     assert trainer.graphs is not None
     assert trainer.graphs.recordings >= 2
-    assert trainer.graphs.replays >= 2 * (24 - 2 * WARM_UP)  # a second situation, dense or sparse, warms up too
+    assert trainer.graphs.replays >= replays
     for row, expected in zip(ours.history, eager.history, strict=True):
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-3) if "loss" in row else True

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from e2e_fast.cli import app
 from e2e_fast.lm import load_lm
+from e2e_fast.measure import PeakMemory, Timings
 from e2e_fast.overhead import BALANCED_SHARE, PHASES, floor_flops, measure_overhead, measure_sharing
 
 SMALL: dict[str, Any] = {"steps": 2, "rounds": 1, "batch_size": 2, "n_ctx": 16}
@@ -68,3 +70,12 @@ def test_sharing_is_measured_beside_separate_runs() -> None:
     assert found["share"] == pytest.approx(found["ms"] / found["alone_ms"])  # one round: its ratio
     result = CliRunner().invoke(app, ["bench", "sharing", "--members", "2", "--steps", "1", "--n-ctx", "16"])
     assert "2 SAEs in one process" in result.stdout
+
+
+def test_time_and_memory_are_those_of_the_gpu_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    for name in ("synchronize", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device=None: asked.append(device) or 0)
+    with PeakMemory("cuda:1"), Timings("cuda:1").phase("step"):
+        pass
+    assert asked == [torch.device("cuda:1")] * 7

@@ -128,3 +128,18 @@ def test_the_processs_own_setting_comes_back() -> None:
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_settings_made_under_torchs_newer_names_come_back_too() -> None:
+    products: Any = torch.backends.cuda.matmul
+    if not hasattr(products, "fp32_precision"):
+        pytest.skip(f"torch {torch.__version__} has the older names alone")
+    try:
+        products.fp32_precision = "tf32"
+        with arithmetic("fp32", "cpu"):
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert products.fp32_precision == "tf32"
+        with pytest.raises(RuntimeError, match="mix of the legacy and new"):
+            torch.get_float32_matmul_precision()
+    finally:
+        torch.set_float32_matmul_precision("highest")
