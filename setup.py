@@ -51,7 +51,7 @@ setup(
     # kernels/ stands at the top level and is imported as e2e_fast.kernels; the symlink e2e_fast/kernels serves
     # editable installs and type checkers, this entry serves wheels.
     package_dir={"e2e_fast.kernels": "kernels", "e2e_fast.kernels.triton": "kernels/triton"},
-    package_data={"e2e_fast.embedded": ["*.json", "*.safetensors", "*.md"]},
+    package_data={"e2e_fast": ["py.typed"], "e2e_fast.embedded": ["*.json", "*.safetensors", "*.md"]},
     # py_limited_api stays off: pybind11 needs the full API.
     ext_modules=[Extension("e2e_fast._C", sources=[s for s in CSRC if s.endswith(".cpp")], depends=CSRC)],
     cmdclass={"build_ext": CMakeBuild},
