@@ -8,9 +8,10 @@
                    kernels.branch (norm, layers, GELU and sum in one pass), instead of a dozen of torch's operators
 
 The numbers are the model's to float32 rounding, so these parts work only in passes that ask for it (`Mode.fast`): else,
-on a GPU, in other dtypes and under autocast each part does what the model's own did; inside torch.compile products and
-GELU are left to the compiler. `speed_up` changes modules in place: it is for the tree of modules that an LM has for
-itself, never for a user's model.
+on a GPU, in other dtypes and under autocast each part does what the model's own did. One thing is saved there too:
+autocast would round a layer's frozen weight anew in every pass. Inside torch.compile products and GELU are left to the
+compiler. `speed_up` changes modules in place: it is for the tree of modules that an LM has for itself, never for a
+user's model.
 
 >>> import torch
 >>> block = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 4)).requires_grad_(False)
@@ -39,6 +40,7 @@ from e2e_fast import kernels
 from e2e_fast.kernels import reference
 from e2e_fast.kernels._gemm import frozen_linear
 from e2e_fast.kernels.branch import Layer, Norm
+from e2e_fast.precision import Rounded
 
 ATTENTION = "e2e_fast"
 """Our entry in transformers' table of attention functions."""
@@ -141,6 +143,7 @@ class Linear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None, transposed: bool, mode: Mode) -> None:
         super().__init__()
         self.weight, self.bias, self.transposed, self.mode = weight, bias, transposed, mode
+        self._rounded = Rounded(), Rounded()
 
     @property
     def layer(self) -> Layer:
@@ -151,9 +154,12 @@ class Linear(nn.Module):
         """x (…, D) → (…, F)."""
         if _applies(self.mode, x) and not self.weight.requires_grad:
             return frozen_linear(x, *self.layer)
-        if self.transposed and self.bias is not None:  # as Conv1D does
-            return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
-        return nnf.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
+        weight, bias = self.weight, self.bias
+        if weight.dtype == torch.float32 and not weight.requires_grad and not torch.compiler.is_compiling():
+            weight, bias = self._rounded[0](weight), None if bias is None else self._rounded[1](bias)
+        if self.transposed and bias is not None:  # as Conv1D does
+            return torch.addmm(bias, x.view(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+        return nnf.linear(x, weight.t() if self.transposed else weight, bias)
 
 
 class GELU(nn.GELU):

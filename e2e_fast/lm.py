@@ -66,7 +66,7 @@ from e2e_fast.lm_blocks import (
 from e2e_fast.lm_loading import ALIASES, from_pretrained, front_configs, load_tokenizer, source_of
 from e2e_fast.lm_passes import Original, Spliced, share_kl
 from e2e_fast.measure import Timings
-from e2e_fast.precision import lowered, reduced_dtype
+from e2e_fast.precision import Rounded
 
 __all__ = ["ALIASES", "LM", "PROCESSINGS", "Original", "Replacement", "Spliced", "Unembedding", "load_lm", "share_kl"]
 
@@ -437,17 +437,11 @@ class Unembedding(nn.Module):
         super().__init__()
         # Registered as they come: a parameter that is also the embedding's stays one tensor when the LM moves.
         self.weight, self.bias, self.softcap = weight, bias, softcap
-        self._reduced: tuple[tuple[Any, ...], Tensor] | None = None
+        self._rounded = Rounded()
 
     def reduced(self) -> Tensor:
         """The weight as operators of ours take it: under autocast a cast copy, kept while the weight stays as it is."""
-        dtype = reduced_dtype(self.weight.device)
-        if dtype is None or self.weight.is_inference():  # such tensors count no versions
-            return lowered(self.weight)[0]
-        key = self.weight._version, self.weight.device, dtype
-        if self._reduced is None or self._reduced[0] != key:
-            self._reduced = key, self.weight.detach().to(dtype)
-        return self._reduced[1]
+        return self._rounded(self.weight)
 
     def exact(self) -> "Unembedding":
         """The same in float32, of a model in half precision; else itself."""

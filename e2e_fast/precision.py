@@ -48,7 +48,8 @@ def _float32_products() -> Callable[[], None]:
     try:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:  # chosen under torch 2.9's names, after which it refuses to be asked under the older ones
-        backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+        mkldnn: Any = torch.backends.mkldnn
+        backends: list[Any] = [torch.backends.cuda.matmul, mkldnn.matmul]
         chosen = [backend.fp32_precision for backend in backends]
 
         def put_back() -> None:
@@ -74,9 +75,23 @@ def lowered(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors if dtype is None else tuple(tensor.to(dtype) for tensor in tensors)
 
 
-def exact(tensor: Tensor) -> Tensor:
-    """In float32, for losses of what a model in half precision gives; float32 and float64 as they are."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+class Rounded:
+    """A frozen tensor as autocast would cast it, kept while it stays as it is: autocast keeps only what is trained."""
+
+    def __init__(self) -> None:
+        self._of: Tensor | None = None
+        self._key: tuple[Any, ...] = ()
+        self._copy: Tensor | None = None
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        dtype = reduced_dtype(tensor.device)
+        # Inference tensors count no versions, and serve no graph later on.
+        if dtype is None or tensor.is_inference() or torch.is_inference_mode_enabled():
+            return lowered(tensor)[0]
+        key = tensor._version, tensor.device, dtype
+        if self._copy is None or self._of is not tensor or self._key != key:
+            self._of, self._key, self._copy = tensor, key, tensor.detach().to(dtype)
+        return self._copy
 
 
 def as_given(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -339,6 +339,9 @@ def test_what_cannot_be_recorded_is_refused(model: Any, tokens: np.ndarray) -> N
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # inductor's advice under fp32 and bf16
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need an NVIDIA GPU: torch sees none here")
 @pytest.mark.parametrize("compile", [False, True], ids=["", "compile"])
 @pytest.mark.parametrize(

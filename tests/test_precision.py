@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import e2e_fast
 from e2e_fast import losses
 from e2e_fast.metrics import performance
-from e2e_fast.precision import arithmetic, resolve
+from e2e_fast.precision import Rounded, arithmetic, resolve
 from e2e_fast.step import training_step
 
 AT, LATER = "blocks.1.hook_resid_pre", "blocks.2.hook_resid_pre"
@@ -128,6 +130,57 @@ def test_the_processs_own_setting_comes_back() -> None:
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+class Casts(TorchDispatchMode):
+    """Which tensors are cast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default:
+            self.seen.append(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def test_frozen_weights_are_rounded_once_and_as_autocast_rounds_them(
+    model: Any, tokens: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids: Any = torch.from_numpy(tokens[:4])
+    lm = e2e_fast.load_lm(model)
+
+    def run() -> tuple[Tensor, Tensor]:
+        with arithmetic("bf16", "cpu"):
+            original = lm.original(ids, at=AT)
+            x = original[AT].clone().requires_grad_()
+            spliced = original.splice(x)
+            spliced.final.square().sum().backward()
+            assert x.grad is not None
+            return original.final, x.grad
+
+    def by_autocast() -> tuple[Tensor, Tensor]:
+        with monkeypatch.context() as patch:
+            patch.setattr(Rounded, "__call__", lambda self, tensor: tensor)
+            return run()
+
+    with torch.inference_mode(), arithmetic("bf16", "cpu"):
+        lm.original(ids, at=AT)  # what it makes serves no graph
+    for change in (1, 2):
+        with torch.no_grad():
+            for parameter in lm._modules.parameters():
+                parameter *= change
+        for ours, expected in zip(run(), by_autocast(), strict=True):
+            assert torch.equal(ours, expected)
+    weights = {p.data_ptr() for p in lm._modules.parameters()}
+    with Casts() as casts:
+        run()
+    assert casts.seen
+    assert not [t.shape for t in casts.seen if t.data_ptr() in weights]
+    with torch.no_grad():
+        for parameter in lm._modules.parameters():
+            parameter /= 2  # the model's own
 
 
 def test_settings_made_under_torchs_newer_names_come_back_too() -> None:
