@@ -75,6 +75,11 @@ def lowered(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors if dtype is None else tuple(tensor.to(dtype) for tensor in tensors)
 
 
+def exact(tensor: Tensor) -> Tensor:
+    """In float32, for losses of what a model in half precision gives; float32 and float64 as they are."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 class Rounded:
     """A frozen tensor as autocast would cast it, kept while it stays as it is: autocast keeps only what is trained."""
 
