@@ -131,8 +131,10 @@ def _add_histogram(counts: Tensor, act: "SAEActs") -> None:
     fires = act.code.values.detach() > 0
     if act.is_dense:
         counts += fires.sum(0)
-    else:  # an unused slot adds 0 to feature 0
-        counts.scatter_add_(0, act.code.indices.flatten().long(), fires.flatten().long())
+    else:  # an unused slot k adds 0 to feature k: all of them to one would queue up on a GPU, millions in a step
+        slots = torch.arange(fires.shape[1], dtype=act.code.indices.dtype, device=fires.device)
+        indices = torch.where(fires, act.code.indices, slots)
+        counts.scatter_add_(0, indices.flatten().long(), fires.flatten().long())
 
 
 class ActFrequency:
