@@ -12,7 +12,8 @@ how far the others are off is recorded (autocast rounds the logits, which a smal
 medians. Memory: what a side holds between steps (weights of the SAE, Adam, copies; the model is everyone's), and the
 peak beyond that.
 
-Then `e2e_fast.overhead`: local, e2e, e2e+downstream and the schedule, by phase, on the same shape. Then ours in bf16
+Then `e2e_fast.overhead`: local, e2e, e2e+downstream and the schedule, by phase, on the same shape, and what four e2e
+SAEs cost in one process, beside four runs. Then ours in bf16
 as CUDA graphs, and with the model's blocks under torch.compile.
 
 Each record is written when it is there, and what fails is one. The exit status is 1 where one of ours failed. Writes
@@ -44,7 +45,7 @@ from e2e_fast.lm import LM
 from e2e_fast.losses import LossConfig
 from e2e_fast.measure import PeakMemory
 from e2e_fast.optimizer import Adam
-from e2e_fast.overhead import measure_overhead
+from e2e_fast.overhead import measure_overhead, measure_sharing
 from e2e_fast.precision import Precision, arithmetic
 from e2e_fast.step import Steps
 
@@ -218,13 +219,18 @@ def providers(s: Setup, kind: str) -> dict[str, Provider]:
 
 
 def as_graphs(s: Setup, kind: str, record: Record | None = None) -> dict[str, Provider]:
-    lm = load_lm(s.models["sdpa"], processing="none")
-    return {"ours, bf16, CUDA graphs": lambda: ours(s, kind, "bf16", lm, record or CudaRecorder(DEVICE))}
+    def make() -> Callable[[], Tensor]:
+        lm = load_lm(s.models["sdpa"], processing="none")
+        return ours(s, kind, "bf16", lm, record or CudaRecorder(DEVICE))
+
+    return {"ours, bf16, CUDA graphs": make}
 
 
 def compiled(s: Setup, kind: str, backend: str = "inductor") -> dict[str, Provider]:
-    lm = load_lm(s.models["sdpa"], processing="none").compile(backend)
-    return {"ours, bf16, compiled blocks": lambda: ours(s, kind, "bf16", lm)}
+    def make() -> Callable[[], Tensor]:
+        return ours(s, kind, "bf16", load_lm(s.models["sdpa"], processing="none").compile(backend))
+
+    return {"ours, bf16, compiled blocks": make}
 
 
 def measure(s: Setup, kind: str, sides: dict[str, Provider], expected: float | None = None) -> Iterator[dict[str, Any]]:
@@ -332,11 +338,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     try:
         overhead(s, options.out)
     except Exception as reason:
-        keep(
-            iter(
-                [{"kind": "e2e", "provider": "ours, overhead by phase", "failed": f"{type(reason).__name__}: {reason}"}]
-            )
-        )
+        keep(iter([failure("e2e", "ours, overhead by phase", reason)]))
     if not options.tiny:
         exact = {r["kind"]: r.get("loss") for r in records if r["provider"] == EXACT}
         for way in (as_graphs, compiled):
@@ -347,15 +349,17 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
 
 def overhead(s: Setup, out: Path) -> None:
     size = s.size
-    rows = measure_overhead(
-        s.models["sdpa"], layer=size.layer, features=size.features, k=size.l0, batch_size=size.batch,
-        n_ctx=size.n_ctx, steps=size.rounds, rounds=min(size.rounds, 2), device=str(DEVICE),
-    )  # fmt: skip
+    same: dict[str, Any] = {
+        "layer": size.layer, "features": size.features, "k": size.l0, "batch_size": size.batch, "n_ctx": size.n_ctx,
+        "steps": size.rounds, "rounds": min(size.rounds, 2), "device": str(DEVICE),
+    }  # fmt: skip
+    rows = measure_overhead(s.models["sdpa"], **same)
     (out / "overhead.json").write_text(json.dumps(rows, indent=1))
     for row in rows:
-        print(
-            f"{row['kind']:<15} {row['ms']:9.1f} ms/step  {row['overhead']:5.2f} x local  {row['phases']}", flush=True
-        )
+        print(f"{row['kind']:<15} {row['ms']:9.1f} ms/step  {row['overhead']:5.2f} x local  {row['phases']}")
+    rows.append({"kind": "four e2e SAEs in one process", **measure_sharing(s.models["sdpa"], **same)})
+    (out / "overhead.json").write_text(json.dumps(rows, indent=1))
+    print(f"four e2e SAEs in one process: {rows[-1]['share']:.2f} of four runs", flush=True)
 
 
 if __name__ == "__main__":

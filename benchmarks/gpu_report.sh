@@ -21,7 +21,7 @@
 #                   graphs, compute-sanitizer on little tensors where there is one, and all that failed
 #   kernels.jsonl   one record an operator and provider         kernels.md     the same as a table, with % of the floor
 #   training.jsonl  one record a way of training                training.md    the same as a table
-#   overhead.json   local, e2e, e2e+downstream, by phase        sweep.jsonl    other block sizes
+#   overhead.json   kinds of training by phase; four in one     sweep.jsonl    other block sizes
 set -uo pipefail
 out=$(mkdir -p "${1:?usage: gpu_report.sh OUT_DIR [PYTHON] [WHEELS]}" && cd "$1" && pwd)
 python=${2:-python3}

@@ -90,7 +90,7 @@ def test_the_training_benchmark_runs_every_way_on_little_tensors(bench_training_
     assert len((tmp_path / "training.jsonl").read_text().splitlines()) == len(records)
     assert (tmp_path / "training.md").read_text().count("\n| ") == 1 + len(records)
     kinds = [row["kind"] for row in json.loads((tmp_path / "overhead.json").read_text())]
-    assert kinds == ["local", "e2e", "e2e+downstream", "schedule"]
+    assert kinds == ["local", "e2e", "e2e+downstream", "schedule", "four e2e SAEs in one process"]
     assert "x local" in capsys.readouterr().out
 
 
