@@ -95,7 +95,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("workshop")
     torch.manual_seed(0)
-    size = {"n_layer": 12, "n_embd": 16, "n_head": 2, "vocab_size": 2048, "n_positions": 128}
+    size: Any = {"n_layer": 12, "n_embd": 16, "n_head": 2, "vocab_size": 2048, "n_positions": 128}
     GPT2LMHeadModel(GPT2Config(**size, bos_token_id=0, eos_token_id=0)).save_pretrained(folder / "gpt2")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(Path(embedded.path()) / name, folder / "gpt2")
@@ -121,7 +121,8 @@ def test_python_examples_run(
     if not Path("out").exists():
         for name in ("local_seed0", "run_a"):
             run = e2e_fast.train("gpt2_e2e.yaml", lm, tokens, quiet=True)
-            Path(run.folder).rename(Path("out") / name)
+            assert run.folder is not None
+            run.folder.rename(Path("out") / name)
         formats.write(formats.read("out/run_a"), "gpt2_layer6", "sae_lens")
         formats.write(formats.read("out/run_a"), "other", "dictionary_learning")
         np.save("tokens.npy", tokens.numpy())
