@@ -1,8 +1,10 @@
-# make demo and make test need nothing but Python ≥ 3.11, a C++20 compiler and CMake; everything else goes into .venv.
+# make demo and make test need nothing but Python ≥ 3.11 and a C++20 compiler; everything else goes into .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+# The environment's own CMake and ninja come first: a system's may be too old.
+export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: install demo test check cpp-test bench clean
 
@@ -29,7 +31,7 @@ check: install cpp-test
 
 # The C++ core by itself, under the address and undefined-behaviour sanitizers.
 cpp-test: install
-	cmake -S . -B build/cpp-test -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	cmake -S . -B build/cpp-test -G Ninja \
 	  -DE2E_FAST_TESTS=ON -DE2E_FAST_SANITIZE=ON > /dev/null
 	cmake --build build/cpp-test
 	ctest --test-dir build/cpp-test --output-on-failure

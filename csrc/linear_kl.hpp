@@ -24,7 +24,7 @@ int64_t linear_kl_scratch(const LinearKl& job, int threads);
 
 /// All arrays contiguous. `scratch` is aligned to 64 bytes. A teacher logit of -inf has probability 0; NaN propagates
 /// within its token. The result has the same bits for any number of threads. O(N · V · D): 1 + 2·S products, two
-/// exponentials a logit pair, three with a cap.
+/// exponentials a logit pair; with a cap three, and two hyperbolic tangents.
 void linear_kl(const LinearKl& job, float* scratch, int threads);
 
 /// y[i] = exp(x[i]) for x ≤ 88, error below 2 ulp; below -87.3 the result is 0 instead of a subnormal.

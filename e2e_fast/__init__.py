@@ -4,7 +4,7 @@
     run = e2e_fast.train("config.yaml")                    local, e2e and e2e+downstream SAEs
     run = e2e_fast.finetune("out/my_local_run", samples)   a short fine-tune on the KL
     metrics = e2e_fast.evaluate(run.model, tokens)
-    lm = e2e_fast.load_lm("gpt2")                          a frozen model cut at any TransformerLens position
+    lm = e2e_fast.load_lm("gpt2")                          a frozen model, cut at a TransformerLens position
     m = e2e_fast.match_dictionaries(A, B)                  exact one-to-one matching, with its proof
 
 Names are loaded on first use: ``import e2e_fast`` imports neither torch's compiler nor any language-model library.

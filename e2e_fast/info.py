@@ -42,7 +42,10 @@ def _cpp() -> str:
     try:
         from e2e_fast import _C
     except ImportError as error:
-        return f"missing ({error}); plain torch is used, several times slower. Reinstall with a C++20 compiler"
+        return (
+            f"missing ({error}); plain torch is used, several times slower, and no dictionaries can be matched. "
+            "Reinstall with a C++20 compiler"
+        )
     return f"active, SIMD level {_C.simd_level()} (best here: {_C.simd_best()})"
 
 

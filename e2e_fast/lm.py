@@ -280,7 +280,7 @@ class LM:
         the result. ``suffix=False`` stops after the last of them, for training that needs no output of the model.
         ``timings`` receives the seconds of the prefix, up to the first replaced position, and of the teacher after it.
         ``fast`` lets this pass and its splices use our own attention, GELU and products on a CPU in float32
-        (`e2e_fast.cpu_blocks`), as training does: 1.7 to 2 times as fast, and the model's numbers to rounding only.
+        (`e2e_fast.cpu_blocks`), as training does: about twice as fast, and the model's numbers to rounding only.
 
         Ids are compared with the vocabulary on the CPU only: a CUDA tensor would have to be waited for, so check it
         once with :meth:`check_tokens`.

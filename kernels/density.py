@@ -25,7 +25,7 @@ REENTRY = 0.75
 """Share of ``limit`` to which the fullest row must fall before dense steps become sparse again."""
 
 SPARSE_FRACTION = 16
-"""Default limit: one feature in 16. Around there the sparse operators' cost per active feature meets dense products."""
+"""Default limit: one feature in 16 (of the fullest row, so that most rows have fewer)."""
 
 
 def default_limit(d_sae: int) -> int:

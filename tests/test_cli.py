@@ -115,7 +115,7 @@ def test_importing_the_package_imports_no_heavy_library() -> None:
     assert done.stdout.strip() == "[]", done.stdout
 
 
-def test_everything_works_without_the_compiled_extension(folder: Path) -> None:
+def test_training_works_without_the_compiled_extension(folder: Path) -> None:
     code = (
         "import sys; sys.modules['e2e_fast._C'] = None; import e2e_fast; from e2e_fast.info import describe\n"
         f"run = e2e_fast.train({str(folder / 'config.yaml')!r}, quiet=True)\n"
@@ -124,3 +124,15 @@ def test_everything_works_without_the_compiled_extension(folder: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "missing" in done.stdout
     assert done.stderr.count("_C is missing") == 1, done.stderr
+
+
+def test_matching_without_the_compiled_extension_names_the_remedy(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.eye(4, dtype=np.float32))
+    code = (
+        "import sys; sys.modules['e2e_fast._C'] = None; from e2e_fast import cli\n"
+        f"sys.argv = ['e2e-fast', 'match', *[{str(tmp_path / 'a.npy')!r}] * 2]; cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "pip install" in done.stderr
+    assert "Traceback" not in done.stderr

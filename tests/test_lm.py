@@ -101,9 +101,12 @@ def test_splicing_back_changes_nothing_in_processed_real_models_in_float32(name:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_without_processing_are_the_models_own(family: str) -> None:
+    """To the bit, but for GPT-2's and GPT-Neo's GELU of seven operations, which is torch's in an LM."""
     model, tokens = random_model(family), random_tokens()
+    error = None if family in ("gpt2", "gpt_neo") else 0
     with torch.no_grad():
-        torch.testing.assert_close(load_lm(model, "none").original(tokens).logits(), model(tokens).logits)
+        ours, theirs = load_lm(model, "none").original(tokens).logits(), model(tokens).logits
+    torch.testing.assert_close(ours, theirs, rtol=error, atol=error)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

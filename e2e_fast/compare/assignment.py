@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from e2e_fast.optional import MissingPackage
+
 
 class SparseAssignment(NamedTuple):
     """Optimal matching of a sparse graph that covers its smaller side."""
@@ -74,11 +76,11 @@ def sparse_assignment(
 
 
 def core() -> Any:
-    """The compiled core; ImportError with the remedy where it was not built."""
+    """The compiled core; MissingPackage with the remedy where it was not built."""
     try:
         return importlib.import_module("e2e_fast._C")
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackage(
             "exact assignment runs in the compiled core e2e_fast._C, which is missing: reinstall e2e_fast with a C++ "
             "compiler at hand (`make install`, or `pip install .`)"
         ) from error
