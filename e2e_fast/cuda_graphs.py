@@ -12,9 +12,9 @@ graphs of its own, so that a change in one (dense to sparse) leaves the others' 
 * What changes from step to step comes in through static buffers: the tokens, and the rows on which the KL is estimated.
 * A graph reads the optimizer's rounded weights and norms (`optimizer.Shadow`) where they were current when it was
   recorded; while they are not (before the first update, after a change by hand) the situation is another one.
-* ReLU codes run dense or sparse (`e2e_fast.kernels.density`), each with its own graph. After a sparse one the fullest
-  row is read, the step's only wait for the GPU; where it did not fit, the step's gradients are dropped and it runs
-  again, dense.
+* ReLU codes run dense, or sparse with so many slots (`e2e_fast.kernels.density`), each with its own graph. After a
+  sparse one the fullest row is read, the step's only wait for the GPU; where it did not fit, the step's gradients are
+  dropped and it runs again, with more room or dense.
 * A gradient is added to ``.grad`` after its replay, or is it where an optimizer step has one micro-batch.
 * What a replay gave is overwritten by the next: logs read it before.
 
@@ -101,13 +101,13 @@ class StepGraphs(step.Steps):
         deciding = [sae for sae in work.saes.values() if sae.k is None]
         for sae in deciding:
             sae.density.refresh()
-        sparse = tuple(sae.density.sparse for sae in deciding)
+        rooms = tuple(_room(sae) for sae in deciding)
         shadowed = tuple(s.holds(s.parameter) for sae in work.saes.values() for s in sae.shadows.values())
         shape = None if work.kl_rows is None else work.kl_rows.shape
-        situation = (work.loss, work.accumulation_steps, sparse, shadowed, shape)
+        situation = (work.loss, work.accumulation_steps, rooms, shadowed, shape)
         situations = self._members.setdefault(tuple(map(id, work.saes.values())), _Situations())
         is_warm = situations.is_warm(situation)
-        if not is_warm or None in sparse or work.original is None or work.original is not self._recorded_original:
+        if not is_warm or None in rooms or work.original is None or work.original is not self._recorded_original:
             return super()._step(work)
         if situation not in situations and len(situations) >= KEPT:
             self._forget()
@@ -120,10 +120,10 @@ class StepGraphs(step.Steps):
             if member.kl_rows is not None and work.kl_rows is not None:
                 member.kl_rows.copy_(work.kl_rows, non_blocking=True)
             outputs: _Outputs = self._replay(recorded)
-            fitted = _observe(deciding, sparse, outputs.fullest)
+            fitted = _observe(deciding, rooms, outputs.fullest)
             if fitted:
                 _hand_over(member.parameters, outputs.gradients, alone=work.accumulation_steps == 1)
-        return outputs.result if fitted else super()._step(work)  # whoever did not fit is dense now
+        return outputs.result if fitted else super()._step(work)  # whoever did not fit has more room now, or is dense
 
     def _forget(self) -> None:
         """Drops all graphs together: in some torch 2.x destroying one takes cuBLAS's workspace from the others.
@@ -188,7 +188,7 @@ class _Outputs(NamedTuple):
     gradients: tuple[Tensor | None, ...]
     """Of the member's parameters."""
     fullest: Tensor | None
-    """(n,) active features of the fullest row of each SAE that runs dense or sparse; None where there is none."""
+    """(n,) slots that the fullest row of each SAE needs which runs dense or sparse; None where there is none."""
 
 
 class _MemberStep:
@@ -208,7 +208,8 @@ class _MemberStep:
         with as_given(lm.device):
             scaled = result.loss / self._accumulation_steps
             gradients = torch.autograd.grad(scaled, self.parameters, allow_unused=True)
-        counts = [result.acts[position].code.count.max() for position in self._deciding]
+        acts = [result.acts[position] for position in self._deciding]
+        counts = [(a.code.count if a.is_dense else a.code.needed()).max() for a in acts]
         return _Outputs(step.without_graph(result), gradients, torch.stack(counts) if counts else None)
 
 
@@ -216,8 +217,8 @@ def _decided(sae: SAE) -> Callable[[Tensor], SAEActs]:
     """The SAE as it runs now, dense or with room for so many features, without asking how many there are."""
     if sae.k is not None:
         return sae
-    if sae.density.sparse:
-        return lambda x: sae(x, capacity=sae.density.limit)
+    if room := _room(sae):
+        return lambda x: sae(x, capacity=room)
 
     def dense(x: Tensor) -> SAEActs:
         density, sae.density = sae.density, _AlwaysDense(sae.density.limit)
@@ -229,6 +230,11 @@ def _decided(sae: SAE) -> Callable[[Tensor], SAEActs]:
     return dense
 
 
+def _room(sae: SAE) -> int | None:
+    """Slots of the SAE's next step; 0 where it runs dense, None while nothing is known."""
+    return sae.density.capacity if sae.density.sparse else None if sae.density.sparse is None else 0
+
+
 class _AlwaysDense(kernels.DensityController):
     def __init__(self, limit: int) -> None:
         super().__init__(limit)
@@ -238,21 +244,18 @@ class _AlwaysDense(kernels.DensityController):
         """Leaves the count where it is: it is read after the replay."""
 
 
-def _observe(deciding: Sequence[SAE], sparse: Sequence[bool | None], fullest: Tensor | None) -> bool:
+def _observe(deciding: Sequence[SAE], rooms: Sequence[int | None], fullest: Tensor | None) -> bool:
     """Tells the SAEs how full their fullest rows were; returns whether those that ran sparse had room for them."""
     if fullest is None:
         return True
-    if not any(sparse):
+    if not any(rooms):
         for sae, count in zip(deciding, fullest.split(1), strict=True):
             sae.density.observe(count)  # waits for nothing
         return True
     counts = fullest.cpu()
     for sae, count in zip(deciding, counts.split(1), strict=True):
         sae.density.observe(count)
-    return all(
-        not was_sparse or int(count) <= sae.density.limit
-        for sae, was_sparse, count in zip(deciding, sparse, counts, strict=True)
-    )
+    return all(not room or int(count) <= room for room, count in zip(rooms, counts, strict=True))
 
 
 def _hand_over(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], *, alone: bool) -> None:

@@ -312,7 +312,7 @@ class Member:
             {
                 "counters": counters,
                 "data": dict(data),
-                "density": {position: sae.density.sparse for position, sae in self.saes.items()},
+                "density": {position: (sae.density.sparse, sae.density.capacity) for position, sae in self.saes.items()},
                 "metrics_bytes": rows.stat().st_size if rows.exists() else 0,
             },
         )  # fmt: skip
@@ -350,8 +350,8 @@ class Member:
         for name, value in counters.items():
             setattr(self, name, value)
         self.micro_batches = self.grad_updates * self.accumulation
-        for position, sparse in state["density"].items():
-            self.saes[position].density.sparse = sparse
+        for position, (sparse, capacity) in state["density"].items():
+            self.saes[position].density.sparse, self.saes[position].density.capacity = sparse, capacity
         for position, sae in self._by_batch.items():
             sae.threshold_batches.copy_(extra[f"threshold_batches.{position}"])
         torch.set_rng_state(extra["rng"])

@@ -119,9 +119,9 @@ def _exact(weights, threshold, bandwidth, normalize, density, norms) -> tuple[Te
             density.observe(_probe(x[:PROBE_ROWS], W_enc, b_enc, threshold).cpu())
     if density.sparse:
         # A CPU code grows to the fullest row; a GPU code has the room that was decided beforehand.
-        slots = density.limit if x.is_cuda else -1
+        slots = density.capacity if x.is_cuda else -1
         x_hat, code = _sparse(weights, threshold, bandwidth, slots, normalize, norms)
-        density.observe(code.count)
+        density.observe(code.needed())
         if not x.is_cuda or not code.overflowed().any():
             return x_hat, code
     x_hat, values, l0, band = autoencode_dense(*weights, normalize, threshold, bandwidth, norms)

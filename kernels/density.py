@@ -6,7 +6,10 @@ sparse operators at the end; both compute the same function. The controller watc
     dense  → sparse   when it fell to 3/4 of ``limit`` (hysteresis)
     sparse → dense    when it exceeded ``limit``
 
-On a GPU a step's fullest row is copied to the host without waiting and read when it has arrived, a step or so late.
+On a GPU a step's fullest row is copied to the host without waiting and read when it has arrived, a step or so late. A
+sparse code has room there for ``capacity`` features a token, decided beforehand: a power of two that leaves the fullest
+row seen half as much again, since decoding and sorting cost as many slots as there are. It grows at once, and is halved
+when `CALM` steps in a row filled at most a quarter of it.
 
 >>> import torch
 >>> density = DensityController(limit=4)
@@ -16,7 +19,12 @@ True
 True
 >>> density.observe(torch.tensor([1, 5])); density.sparse
 False
+>>> density = DensityController(limit=2880)
+>>> density.observe(torch.tensor([150])); density.capacity
+256
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -26,6 +34,12 @@ REENTRY = 0.75
 
 SPARSE_FRACTION = 16
 """Default limit: one feature in 16 (of the fullest row, so that most rows have fewer)."""
+
+MARGIN = 1.5
+"""Room for so many times the fullest row seen."""
+
+CALM = 16
+"""Steps that must leave three quarters of the room empty before it is halved."""
 
 
 def default_limit(d_sae: int) -> int:
@@ -40,15 +54,19 @@ class DensityController:
     """
 
     limit: int
-    """Slots per token that a sparse step has room for."""
+    """Active features of the fullest row up to which steps run sparse."""
     sparse: bool | None
     """Whether the next step runs sparse; None while no step has been seen."""
+    capacity: int
+    """Slots per token of a sparse step whose room is decided beforehand, at most ``limit``."""
 
     def __init__(self, limit: int) -> None:
         if limit < 1:
             raise ValueError(f"limit must be at least 1 slot, got {limit}")
         self.limit = limit
         self.sparse = None
+        self.capacity = limit
+        self._calm = 0  # steps in a row that left the room nearly empty
         self._pending: tuple[Tensor, torch.cuda.Event] | None = None
 
     def observe(self, count: Tensor) -> None:
@@ -64,7 +82,7 @@ class DensityController:
             host = torch.empty((), dtype=fullest.dtype, pin_memory=True)
             host.copy_(fullest, non_blocking=True)
             event = torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(fullest.device))
             self._pending = host, event
 
     def refresh(self) -> None:
@@ -77,4 +95,14 @@ class DensityController:
         if fullest > self.limit:
             self.sparse = False
         elif self.sparse is not False or fullest <= REENTRY * self.limit:
+            if not self.sparse:
+                self.capacity = self._room(fullest)
             self.sparse = True
+        self._calm = self._calm + 1 if 4 * fullest <= self.capacity else 0
+        if MARGIN * fullest > self.capacity:
+            self.capacity = self._room(fullest)
+        elif self._calm >= CALM:
+            self.capacity, self._calm = max(1, self.capacity // 2), 0
+
+    def _room(self, fullest: int) -> int:
+        return min(self.limit, 1 << max(0, math.ceil(MARGIN * fullest) - 1).bit_length())

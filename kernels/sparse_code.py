@@ -38,6 +38,10 @@ class SparseCode(NamedTuple):
         """(N,) bool: tokens with more active features than slots."""
         return self.count > self.values.shape[1]
 
+    def needed(self) -> Tensor:
+        """(N,) slots that each token needs."""
+        return self.count
+
     @staticmethod
     def from_dense(dense: Tensor, capacity: int | None = None) -> "SparseCode":
         """The positive entries of an (N, F) matrix, each row's in ascending index, at most ``capacity`` of them.
@@ -82,6 +86,12 @@ class JumpCode(NamedTuple):
     def overflowed(self) -> Tensor:
         """(N,) bool: tokens that needed more slots than there are; their ``count`` includes silent ones of the band."""
         return self.count > self.values.shape[1]
+
+    def needed(self) -> Tensor:
+        """(N,) slots that each token needs, those of the band's silent features among them."""
+        return torch.where(
+            self.overflowed(), self.count, (~(self.values <= 0) | self.band).sum(-1).to(self.count.dtype)
+        )
 
 
 def compacted(keep: Tensor, capacity: int | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -163,11 +163,11 @@ def test_sparse_codes_have_a_graph_of_their_own_and_an_overflow_is_repeated_dens
 ) -> None:
     driver = Driver(model, tokens)
     for sae in (driver.ours, driver.theirs):
-        sae.density.limit, sae.density.sparse = 10, True
+        sae.density.limit, sae.density.capacity, sae.density.sparse = 10, 8, True
     fullest = 0
     for _ in range(WARM_UP + 2):
         fullest = int(driver.step().acts[AT].code.count.max())
-    assert 0 < fullest <= 10
+    assert 3 <= fullest <= 5  # for which 8 slots are right
     assert driver.ours.density.sparse is True
     assert (driver.graphs.recordings, driver.graphs.replays) == (2, 4)
 
@@ -186,6 +186,24 @@ def test_sparse_codes_have_a_graph_of_their_own_and_an_overflow_is_repeated_dens
     result = driver.step()
     assert not result.acts[AT].is_dense
     assert driver.graphs.recordings == 3
+
+
+def test_a_code_that_outgrows_its_room_gets_more_and_a_graph_for_it(model: Any, tokens: np.ndarray) -> None:
+    driver = Driver(model, tokens)
+    d_sae = driver.ours.W_dec.shape[0]
+    for sae in (driver.ours, driver.theirs):
+        sae.density.limit, sae.density.capacity, sae.density.sparse = d_sae, 8, True
+    for _ in range(WARM_UP + 1):
+        driver.step()
+    assert (driver.graphs.recordings, driver.graphs.replays) == (2, 2)
+    driver.bias(few=False)
+    result = driver.step()  # replayed with 8 slots, then repeated with more
+    assert not result.acts[AT].is_dense
+    assert driver.graphs.replays == 4
+    assert driver.ours.density.capacity >= int(result.acts[AT].code.count.max()) > 8
+    for _ in range(WARM_UP + 1):
+        driver.step()
+    assert (driver.graphs.recordings, driver.graphs.replays) == (3, 4 + (WARM_UP + 1) + 1)
 
 
 def test_a_single_micro_batch_needs_no_copy_of_the_gradient(model: Any, tokens: np.ndarray) -> None:

@@ -175,6 +175,46 @@ def test_controller_switches_with_hysteresis():
     assert density.sparse is False
 
 
+def test_controller_leaves_room_and_takes_it_back_slowly():
+    density = DensityController(limit=2880)
+    assert density.capacity == 2880  # nothing is known
+    for fullest, capacity in ((2000, 2880), (170, 256), (171, 512), (2500, 2880), (3000, 2880)):
+        density.sparse = None
+        density.observe(torch.tensor([fullest]))
+        assert density.capacity == capacity, fullest
+    density.observe(torch.tensor([40]))
+    assert (density.sparse, density.capacity) == (True, 64)
+    density.observe(torch.tensor([50]))  # more than two thirds of it
+    assert density.capacity == 128
+    for _ in range(15):
+        density.observe(torch.tensor([32]))
+    density.observe(torch.tensor([33]))  # more than a quarter: the count begins again
+    for _ in range(15):
+        density.observe(torch.tensor([32]))
+        assert density.capacity == 128
+    density.observe(torch.tensor([32]))
+    assert density.capacity == 64
+    for _ in range(200):
+        density.observe(torch.tensor([0]))
+    assert density.capacity == 1
+    density.observe(torch.tensor([1]))
+    assert density.capacity == 2
+
+
+def test_a_jump_code_needs_slots_for_its_band_too(route):
+    arguments = [*parameters(bias=-3.0), 0.3 + 0.4 * torch.rand(F)]
+    x, W_enc, b_enc, *_, threshold = arguments
+    code = kernels.encode_jump_relu(x, W_enc, b_enc, threshold, bandwidth=0.3)
+    needed = code.needed()
+    assert bool((needed > code.count).any())
+    assert int(needed.max()) == code.values.shape[1]
+    short = kernels.encode_jump_relu(x, W_enc, b_enc, threshold, 0.3, capacity=int(needed.max()) - 1)
+    assert torch.equal(short.needed().max(), needed.max())
+    density = DensityController(F)
+    kernels.autoencode(*arguments[:5], threshold=threshold, bandwidth=0.3, density=density)
+    assert density.capacity >= int(needed.max())
+
+
 def test_controller_is_fed_by_every_step(route):
     density = DensityController(limit=F // 16)
     kernels.autoencode(*parameters(bias=0.0), density=density)
