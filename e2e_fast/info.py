@@ -11,6 +11,7 @@ import platform
 import torch
 
 import e2e_fast
+from e2e_fast.kernels._native import native_missing
 
 
 def describe() -> dict[str, str]:
@@ -39,13 +40,13 @@ def _cuda() -> str:
 
 
 def _cpp() -> str:
-    try:
-        from e2e_fast import _C
-    except ImportError as error:
+    if (why := native_missing()) is not None:
         return (
-            f"missing ({error}); plain torch is used, several times slower, and no dictionaries can be matched. "
+            f"missing ({why}); plain torch is used, several times slower, and no dictionaries can be matched. "
             "Reinstall with a C++20 compiler"
         )
+    from e2e_fast import _C
+
     return f"active, SIMD level {_C.simd_level()} (best here: {_C.simd_best()})"
 
 
