@@ -312,7 +312,7 @@ class Member:
             {
                 "counters": counters,
                 "data": dict(data),
-                "density": {position: (sae.density.sparse, sae.density.capacity) for position, sae in self.saes.items()},
+                "density": {at: (sae.density.sparse, sae.density.capacity) for at, sae in self.saes.items()},
                 "metrics_bytes": rows.stat().st_size if rows.exists() else 0,
             },
         )  # fmt: skip

@@ -69,9 +69,10 @@ def autoencode(
 
     ReLU and JumpReLU with ``capacity=None`` are exact: the code is sparse with room for the fullest row where few
     features are active, and dense otherwise (K = F, ``indices[n, j] = j`` also in unused slots). ``density`` remembers
-    which from step to step; without it a few rows are tried first. On a GPU a sparse step reads one flag back, whether
-    all rows fitted, and is repeated dense if not; BatchTopK reads its fullest row. An explicit ``capacity`` always runs
-    sparse and truncates as `encode_relu`. ``inverse_norms`` (F,) of W_dec, where known, save a GPU a pass over it.
+    which from step to step, and how much room to make; without it a few rows are tried first. On a GPU a sparse step
+    reads one flag back, whether all rows fitted, and is repeated dense if not; BatchTopK reads its fullest row. An
+    explicit ``capacity`` always runs sparse and truncates as `encode_relu`. ``inverse_norms`` (F,) of W_dec, where
+    known, save a GPU a pass over it.
 
     Raises ValueError on shapes that do not fit, k outside [1, F], capacity < 0, and arguments of two activations.
     """
