@@ -13,8 +13,8 @@ medians. Memory: what a side holds between steps (weights of the SAE, Adam, copi
 peak beyond that.
 
 Then `e2e_fast.overhead`: local, e2e, e2e+downstream and the schedule, by phase, on the same shape, and what four e2e
-SAEs cost in one process, beside four runs. Then ours in bf16
-as CUDA graphs, and with the model's blocks under torch.compile.
+SAEs cost in one process, beside four runs. Then ours in bf16 as CUDA graphs, and with the model's blocks under
+torch.compile.
 
 Each record is written when it is there, and what fails is one. The exit status is 1 where one of ours failed. Writes
 DIR/training.jsonl, DIR/training.md and DIR/overhead.json. ``--tiny`` runs it on little tensors, on a CPU too, without

@@ -6,8 +6,7 @@
 # It ends within 9 minutes: a step has its own limit, and no more than what is left of SECONDS_LEFT. PYTHON (python3)
 # has torch >= 2.6 and Triton >= 3.6; it is never changed. The kernels' steps import torch, triton and numpy alone, the
 # tests pytest beside them, the training step transformers, pydantic, PyYAML and safetensors. What PYTHON lacks comes
-# from WHEELS, a folder made beforehand, where
-# there is a network, by
+# from WHEELS, a folder made beforehand, where there is a network, by
 #
 #     pip download -d WHEELS --only-binary=:all: --python-version 3.12 \
 #         pytest pytest-xdist pydantic pyyaml safetensors transformers
