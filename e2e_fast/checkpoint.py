@@ -17,91 +17,21 @@ intact. e2e_sae's own folders (``samples_N.pt``) are read as well; pickles only 
 8
 """
 
-import contextlib
 import json
-import os
 import re
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from e2e_fast.formats.layouts import SUMMARY, load_json, load_yaml
+from e2e_fast.files import load_json, load_metadata, load_tensors, load_yaml, save_tensors, write_atomically
+from e2e_fast.formats.layouts import SUMMARY
 
 CONFIG = "final_config.yaml"
 WEIGHTS = re.compile(r"samples_(\d+)\.(?:safetensors|pt)")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be written or read; the message names the file."""
-
-
-def write_atomically(path: Path, data: bytes) -> Path:
-    """Writes bytes beside ``path``, flushes them to disk, then renames: the old file stays until the new one is whole.
-
-    Raises CheckpointError when the disk is full or the folder cannot be written; nothing is left behind.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:  # tempfile's would be the owner's alone, whatever the umask says
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise CheckpointError(
-            f"cannot write {path}: {error.strerror or error}; older checkpoints are intact"
-        ) from error
-    return path
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> Path:
-    """A safetensors file (or, for the suffix ``.pt``, torch's format); ``metadata`` is stored as JSON."""
-    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    if path.suffix == ".pt":
-        import io
-
-        buffer = io.BytesIO()
-        torch.save(tensors, buffer)
-        return write_atomically(path, buffer.getvalue())
-    header = {"json": json.dumps(metadata)} if metadata is not None else None
-    return write_atomically(path, save(tensors, header))
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors``, ``.pt`` or ``.pth`` file, on the CPU; pickled code is never run.
-
-    Raises FileNotFoundError, and CheckpointError for a damaged file or one that holds no tensors.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no weight file {path}")
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is no readable weight file: {error}") from error
-    except Exception as error:  # pickle.UnpicklingError and what torch derives from it
-        raise CheckpointError(f"{path} does not hold plain tensors: {error}") from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path} must hold a dict of tensors, got {type(state).__name__}")
-    return dict(state)
-
-
-def load_metadata(path: Path) -> Any:
-    """The JSON that `save_tensors` stored beside the tensors."""
-    with safe_open(path, "pt") as file:
-        return json.loads((file.metadata() or {}).get("json", "null"))
 
 
 def newest(folder: Path) -> tuple[int, Path]:

@@ -19,11 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from e2e_fast import checkpoint, formats, losses
+from e2e_fast import checkpoint, files, formats, losses
 from e2e_fast.config import Config, load_config
 from e2e_fast.distributed import join
 from e2e_fast.formats import StoredSAE, e2e_sae
-from e2e_fast.formats.layouts import load_yaml
 from e2e_fast.lm import LM, load_lm
 from e2e_fast.positions import resolve_positions
 from e2e_fast.sae import SAE, to_e2e_sae
@@ -129,7 +128,7 @@ def _is_run(path: str | Path) -> bool:
     if not formats.is_run(path):
         return not place.exists()
     config = (place if place.is_dir() else place.parent) / e2e_sae.SETTINGS
-    return "loss" in load_yaml(config)
+    return "loss" in files.load_yaml(config)
 
 
 def _of_run(path: Path, lm: Any) -> _Source:
@@ -247,5 +246,5 @@ def _write_back(run: Run, source: _Source) -> None:
         for path in [*run.folder.glob("samples_*.safetensors"), *run.folder.glob("resume_*.safetensors")]:
             path.unlink()
     elif source.suffix == ".pt":
-        checkpoint.save_tensors(weights.with_suffix(".pt"), to_e2e_sae(run.model.by_position))
+        files.save_tensors(weights.with_suffix(".pt"), to_e2e_sae(run.model.by_position))
         weights.unlink()

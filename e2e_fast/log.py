@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from e2e_fast.checkpoint import CheckpointError
+from e2e_fast.files import CheckpointError
 from e2e_fast.optional import require
 
 Row = Mapping[str, float]

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from e2e_fast import checkpoint, losses
+from e2e_fast import checkpoint, files, losses
 from e2e_fast.config import EVAL_SEED_OFFSET, Config
 from e2e_fast.data import TokenBatches
 from e2e_fast.distributed import World
@@ -299,7 +299,7 @@ class Member:
         counts = self.world.sum(self.frequency.counts) if self.frequency is not None else {}
         if not self.world.writes:
             return path
-        checkpoint.save_tensors(path, state)
+        files.save_tensors(path, state)
         counters = {name: getattr(self, name) for name in COUNTERS}
         extra = {"rng": torch.get_rng_state()}
         extra.update({f"threshold_batches.{p}": sae.threshold_batches for p, sae in self._by_batch.items()})
@@ -333,7 +333,7 @@ class Member:
         if self.world.writes:
             checkpoint.remove_after(folder, samples)
         weights = folder / f"samples_{samples}.safetensors"
-        load_e2e_sae(self.saes, checkpoint.load_tensors(weights))
+        load_e2e_sae(self.saes, files.load_tensors(weights))
         extra, state = checkpoint.load_resume(
             folder / f"resume_{samples}.safetensors", self.optimizer, list(self.parameters)
         )
@@ -374,7 +374,7 @@ class Member:
         """Loads ``pretrained_sae_paths``; returns the positions that stay frozen."""
         covered: set[str] = set()
         for path in self.config.saes.pretrained_sae_paths or ():
-            covered.update(load_e2e_sae(self.saes, checkpoint.load_tensors(path), strict=False))
+            covered.update(load_e2e_sae(self.saes, files.load_tensors(path), strict=False))
         return set() if self.config.saes.retrain_saes else covered
 
 

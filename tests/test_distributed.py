@@ -17,7 +17,7 @@ import transformers
 import yaml
 
 import e2e_fast
-from e2e_fast import checkpoint
+from e2e_fast import checkpoint, files
 from e2e_fast.distributed import World
 from e2e_fast.trainer import _for_world
 
@@ -89,9 +89,9 @@ def assert_close(folder: Path, run: e2e_fast.Run) -> None:
         for key in ours:
             if "explained_variance" not in key:
                 assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), (key, ours["samples"])
-    for key, tensor in checkpoint.load_tensors(folder / "samples_48.safetensors").items():
+    for key, tensor in files.load_tensors(folder / "samples_48.safetensors").items():
         assert run.folder is not None
-        expected = checkpoint.load_tensors(run.folder / "samples_48.safetensors")[key]
+        expected = files.load_tensors(run.folder / "samples_48.safetensors")[key]
         torch.testing.assert_close(tensor, expected, rtol=1e-3, atol=1e-5, msg=key)
 
 
@@ -111,14 +111,14 @@ def test_two_processes_train_as_one_and_checkpoints_go_between_them(work: Path, 
     e2e_fast.train(one, resume=folder, quiet=True)  # two micro-batches a step now
     resumed = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["samples"] for row in resumed] == [8, 16, 24, 32, 40, 48, 48]
-    got = checkpoint.load_tensors(folder / "samples_48.safetensors")
-    for key, expected in checkpoint.load_tensors(whole.folder / "samples_48.safetensors").items():
+    got = files.load_tensors(folder / "samples_48.safetensors")
+    for key, expected in files.load_tensors(whole.folder / "samples_48.safetensors").items():
         torch.testing.assert_close(got[key], expected, rtol=1e-3, atol=1e-5, msg=key)
 
     for path in whole.folder.glob("*_48.safetensors"):
         path.unlink()
     torchrun(2, config, "--resume", whole.folder)  # one to two
-    for key, tensor in checkpoint.load_tensors(whole.folder / "samples_48.safetensors").items():
+    for key, tensor in files.load_tensors(whole.folder / "samples_48.safetensors").items():
         torch.testing.assert_close(tensor, got[key], rtol=1e-3, atol=1e-5, msg=key)
 
 
@@ -142,7 +142,7 @@ def test_batch_topks_threshold_is_that_of_all_processes(work: Path, tmp_path: Pa
         "collect_act_frequency_every_n_samples": 0,
     }  # fmt: skip
     torchrun(2, settings(work, tmp_path / "two", **changes))
-    together = checkpoint.load_tensors(only(tmp_path / "two") / "samples_8.safetensors")
+    together = files.load_tensors(only(tmp_path / "two") / "samples_8.safetensors")
     alone = e2e_fast.Trainer(settings(work, tmp_path / "one", **changes), quiet=True)
     seen = []
     for tokens in itertools.islice(alone.batches, 2):

@@ -12,7 +12,7 @@ import transformers
 import yaml
 
 import e2e_fast
-from e2e_fast import checkpoint, formats, losses
+from e2e_fast import checkpoint, files, formats, losses
 from e2e_fast.compare import read_dictionary
 from e2e_fast.formats import StoredSAE
 from e2e_fast.sae import to_e2e_sae
@@ -87,7 +87,7 @@ def test_a_folder_of_e2e_sae_gets_its_own_kind_of_weights_back(
     theirs = tmp_path / "theirs"
     checkpoint.write_config(theirs, settings)
     state = to_e2e_sae(source.model.by_position)
-    checkpoint.save_tensors(theirs / "samples_320.pt", state)
+    files.save_tensors(theirs / "samples_320.pt", state)
     run = e2e_fast.finetune(theirs, samples=16, lm=model, downstream=True, sparsity=0.3, quiet=True)
     assert run.folder is not None
     written = torch.load(run.folder / "samples_16.pt", weights_only=True)

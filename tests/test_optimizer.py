@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import e2e_fast
-from e2e_fast import checkpoint, kernels
+from e2e_fast import checkpoint, files, kernels
 from e2e_fast.optimizer import Adam
 from e2e_fast.precision import arithmetic
 
@@ -60,7 +60,7 @@ def test_a_run_goes_on_with_the_other_from_a_checkpoint(first: bool, tmp_path: A
     train(half, optimizer, 10)
     names = [name for name, _ in half.named_parameters()]
     path = checkpoint.save_resume(tmp_path, 10, optimizer, names, {}, {})
-    saved = checkpoint.load_tensors(path)
+    saved = files.load_tensors(path)
     assert {key.rsplit(".", 1)[1] for key in saved} == {"step", "exp_avg", "exp_avg_sq"}
     other, optimizer = make(not first)
     other.load_state_dict(half.state_dict())

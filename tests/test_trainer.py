@@ -17,9 +17,9 @@ import torch
 from tiny import AT, LAST, LATER
 
 import e2e_fast
-from e2e_fast import checkpoint
-from e2e_fast.checkpoint import CheckpointError
+from e2e_fast import checkpoint, files
 from e2e_fast.compare.dictionaries import recorded_alive
+from e2e_fast.files import CheckpointError
 from e2e_fast.sae import SAEActs, to_e2e_sae
 
 
@@ -116,8 +116,8 @@ def test_e2e_saes_own_folders_are_read_and_can_be_written(model: Any, tokens: np
     run = e2e_fast.train(settings(), lm=model, tokens=tokens, quiet=True)
     folder = tmp_path / "theirs"
     checkpoint.write_config(folder, settings())
-    checkpoint.save_tensors(folder / "samples_8.pt", weights(run))
-    checkpoint.save_tensors(folder / "samples_100.pt", {k: v + 1 for k, v in weights(run).items()})
+    files.save_tensors(folder / "samples_8.pt", weights(run))
+    files.save_tensors(folder / "samples_100.pt", {k: v + 1 for k, v in weights(run).items()})
     newest = e2e_fast.SAETransformer.from_local_path(folder, lm=model)
     older = e2e_fast.SAETransformer.from_local_path(folder, lm=model, checkpoint_file="samples_8.pt")
     for key, value in weights(run).items():
@@ -134,7 +134,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "samples_1.pt"
     torch.save({"a": _Malicious()}, path)
     with pytest.raises(CheckpointError, match="plain tensors"):
-        checkpoint.load_tensors(path)
+        files.load_tensors(path)
 
 
 def test_weights_of_another_shape_are_refused(model: Any, tokens: np.ndarray, tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_weights_of_another_shape_are_refused(model: Any, tokens: np.ndarray, tm
 
 def test_pretrained_saes_stay_frozen_unless_retrained(model: Any, tokens: np.ndarray, tmp_path: Path) -> None:
     run = e2e_fast.train(settings(), lm=model, tokens=tokens, quiet=True)
-    path = checkpoint.save_tensors(tmp_path / "first.safetensors", weights(run))
+    path = files.save_tensors(tmp_path / "first.safetensors", weights(run))
     saes = {"sae_positions": [AT, LAST], "dict_size_to_input_ratio": 3.0, "pretrained_sae_paths": str(path)}
     frozen = e2e_fast.train(settings(saes=saes), lm=model, tokens=tokens, quiet=True)
     retrained = e2e_fast.train(settings(saes=saes | {"retrain_saes": True}), lm=model, tokens=tokens, quiet=True)
@@ -239,7 +239,7 @@ def test_nan_stops_with_the_step_and_keeps_the_last_checkpoint(model: Any, token
     with pytest.raises(e2e_fast.TrainingStopped, match=message):
         trainer.fit()
     assert trainer.folder is not None
-    kept = checkpoint.load_tensors(trainer.folder / "samples_16.safetensors")
+    kept = files.load_tensors(trainer.folder / "samples_16.safetensors")
     assert all(bool(torch.isfinite(value).all()) for value in kept.values())
 
 

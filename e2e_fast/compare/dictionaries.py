@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from e2e_fast import files
 from e2e_fast.formats import layouts
 
 
@@ -76,7 +77,7 @@ def recorded_alive(source: Any) -> np.ndarray | None:
     record = file.parent / layouts.SUMMARY
     if not record.is_file():
         return None
-    summary = layouts.load_json(record)
+    summary = files.load_json(record)
     alive = {
         key.removeprefix(layouts.ALIVE).replace("-", "."): value
         for key, value in summary.items()

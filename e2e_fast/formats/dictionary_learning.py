@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from e2e_fast import checkpoint
+from e2e_fast import files
 from e2e_fast.formats import layouts, places
 from e2e_fast.formats.stored import Activation, StoredSAE
 
@@ -82,7 +82,7 @@ def detects(path: Path) -> bool:
         return (path / WEIGHTS).is_file()
     if path.suffix != ".pt":
         return False
-    names = layouts.names(path)
+    names = files.tensor_names(path)
     return "r_mag" in names or any(names.issuperset((*c.names, *c.more)) for c in CLASSES.values())
 
 
@@ -93,7 +93,7 @@ def read(path: Path) -> StoredSAE:
     """
     file = path / WEIGHTS if path.is_dir() else path
     config = _config(file)
-    tensors = checkpoint.load_tensors(file)
+    tensors = files.load_tensors(file)
     trainer = layouts.part(config, "trainer")
     name = trainer.get("dict_class") or _class_by_tensors(set(tensors), file)
     if name == "GatedAutoEncoder":
@@ -139,8 +139,8 @@ def write(sae: StoredSAE, folder: Path) -> Path:
         tensors[key] = tensor.T if key in kind.transposed else tensor
     if sae.threshold is not None:
         tensors["threshold"] = sae.threshold
-    checkpoint.save_tensors(folder / WEIGHTS, tensors | sae.extra)
-    checkpoint.write_atomically(folder / SETTINGS, json.dumps(sae.metadata, indent=4).encode())
+    files.save_tensors(folder / WEIGHTS, tensors | sae.extra)
+    files.write_atomically(folder / SETTINGS, json.dumps(sae.metadata, indent=4).encode())
     return folder
 
 
@@ -199,7 +199,7 @@ def _config(file: Path) -> dict[str, Any]:
     """The settings beside a weight file, or above ``checkpoints/``; {} where there are none."""
     for folder in (file.parent, file.parent.parent):
         if (folder / SETTINGS).is_file():
-            return layouts.load_json(folder / SETTINGS)
+            return files.load_json(folder / SETTINGS)
     return {}
 
 

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from e2e_fast import checkpoint
+from e2e_fast import checkpoint, files
 from e2e_fast.formats import layouts
 from e2e_fast.formats.stored import StoredSAE, log_threshold
 from e2e_fast.positions import hyphenated
@@ -53,7 +53,7 @@ def detects(path: Path) -> bool:
         return (path / SETTINGS).is_file() and any(checkpoint.WEIGHTS.fullmatch(p.name) for p in path.iterdir())
     if path.suffix not in (".pt", ".safetensors"):
         return False
-    names = layouts.names(path)
+    names = files.tensor_names(path)
     return any(name.endswith(f".{_TENSORS[0]}") for name in names) or (
         names == _HUB_TENSORS and path.with_suffix(".yaml").is_file()
     )
@@ -65,19 +65,19 @@ def read(path: Path, name: str | None = None) -> StoredSAE:
     Raises ValueError when there are several and none is named, FileNotFoundError for a folder without weights.
     """
     file = checkpoint.newest(path)[1] if path.is_dir() else path
-    state = checkpoint.load_tensors(file)
+    state = files.load_tensors(file)
     if set(state) == _HUB_TENSORS:
         return _of_hub(file, state)
     settings: dict[str, Any] = {}
     if (file.parent / SETTINGS).is_file():
-        settings = layouts.load_yaml(file.parent / SETTINGS)
+        settings = files.load_yaml(file.parent / SETTINGS)
     return _of_state(settings, state, name, str(path), file.name)
 
 
 def write(sae: StoredSAE, folder: Path) -> Path:
     """Writes an SAE in this format, as `read` or `adapt` gave it; returns the folder."""
     checkpoint.write_config(folder, sae.metadata["settings"])
-    checkpoint.save_tensors(folder / sae.metadata["file"], state_dict(sae))
+    files.save_tensors(folder / sae.metadata["file"], state_dict(sae))
     return folder
 
 
@@ -179,7 +179,7 @@ def _of_state(
 
 def _of_hub(file: Path, state: Mapping[str, Tensor]) -> StoredSAE:
     beside = file.with_suffix(".yaml")
-    settings = layouts.load_yaml(beside) if beside.is_file() else {}
+    settings = files.load_yaml(beside) if beside.is_file() else {}
     positions = layouts.part(settings, "saes").get("sae_positions")
     position = positions[0] if isinstance(positions, list) and len(positions) == 1 else positions
     if not isinstance(position, str):

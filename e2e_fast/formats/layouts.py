@@ -19,7 +19,6 @@ Nothing in a ``.pt`` file is executed.
 {'': torch.Size([6, 4])}
 """
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -108,51 +107,6 @@ def as_tensor(x: Any) -> Tensor:
         return torch.as_tensor(x).detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"expected a tensor or an array of numbers, got {type(x).__name__}: {error}") from error
-
-
-def names(path: Path) -> set[str]:
-    """Names of the tensors of a ``.pt`` or ``.safetensors`` file, without its data.
-
-    Raises checkpoint.CheckpointError for a damaged file or one that holds no tensors.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors import safe_open
-
-            with safe_open(path, "pt") as file:
-                return set(file.keys())
-        state = torch.load(path, map_location="meta", weights_only=True)
-        if isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values()):
-            return set(state)
-    except Exception:
-        pass  # the full reader says what is wrong
-    from e2e_fast.checkpoint import load_tensors
-
-    return set(load_tensors(path))
-
-
-def load_json(path: Path) -> dict[str, Any]:
-    """The object of a JSON file. Raises ValueError when it holds none."""
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no readable JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold an object, got {type(content).__name__}")
-    return content
-
-
-def load_yaml(path: Path) -> dict[str, Any]:
-    """The mapping of a YAML file, empty for an empty file. Raises ValueError when it holds something else."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no readable YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a mapping of keys to values, got {type(content).__name__}")
-    return content
 
 
 def part(settings: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from e2e_fast import checkpoint
-from e2e_fast.formats import layouts
+from e2e_fast import files
 
 SETTINGS = "final_config.yaml"
 
@@ -30,7 +29,7 @@ def read(path: Path) -> tuple[Any, str | None]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no language model {path}")
     beside = path.parent / SETTINGS
-    settings = layouts.load_yaml(beside) if beside.is_file() else {}
+    settings = files.load_yaml(beside) if beside.is_file() else {}
     if "tlens_config" not in settings:
         raise ValueError(f"{path} is a weight file: {beside} must say under tlens_config what model it is of")
     try:
@@ -41,7 +40,7 @@ def read(path: Path) -> tuple[Any, str | None]:
     name = architecture.pop("tokenizer_name", None)  # loaded when it is asked for
     architecture["dtype"] = getattr(torch, architecture.get("dtype") or "float32")
     model = HookedTransformer(HookedTransformerConfig(**architecture, device="cpu"))
-    found = model.load_state_dict(checkpoint.load_tensors(path), strict=False)
+    found = model.load_state_dict(files.load_tensors(path), strict=False)
     parameters = {name for name, _ in model.named_parameters()}
     if wrong := sorted(parameters.intersection(found.missing_keys)) or found.unexpected_keys:
         raise ValueError(f"{path} does not fit the model in {beside}: {wrong[0]} is lacking or unknown")

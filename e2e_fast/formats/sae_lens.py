@@ -36,7 +36,7 @@ from typing import Any
 from torch import Tensor
 
 import e2e_fast
-from e2e_fast import checkpoint
+from e2e_fast import files
 from e2e_fast.formats import layouts
 from e2e_fast.formats.stored import Activation, StoredSAE
 
@@ -78,8 +78,8 @@ def read(path: Path) -> StoredSAE:
     settings_file = folder / SETTINGS
     if not settings_file.is_file():
         raise ValueError(f"{folder} must hold {SETTINGS} beside {WEIGHTS}: it says what the SAE computes")
-    cfg = layouts.load_json(settings_file)
-    tensors = checkpoint.load_tensors(folder / WEIGHTS)
+    cfg = files.load_json(settings_file)
+    tensors = files.load_tensors(folder / WEIGHTS)
     architecture, k = _architecture(cfg, folder)
     lacking = [name for name in ("W_enc", "b_enc", "W_dec", "b_dec") if name not in tensors]
     activation = ARCHITECTURES[architecture]
@@ -117,10 +117,10 @@ def write(sae: StoredSAE, folder: Path) -> Path:
     threshold_name = "topk_threshold" if sae.activation == "batch_topk" else "threshold"
     threshold = {} if sae.threshold is None else {threshold_name: sae.threshold}
     tensors = {"W_enc": sae.W_enc.T, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec} | threshold
-    checkpoint.save_tensors(folder / WEIGHTS, tensors | sae.extra)
-    checkpoint.write_atomically(folder / SETTINGS, json.dumps(sae.metadata, indent=2).encode())
+    files.save_tensors(folder / WEIGHTS, tensors | sae.extra)
+    files.write_atomically(folder / SETTINGS, json.dumps(sae.metadata, indent=2).encode())
     for name, data in sae.files.items():
-        checkpoint.write_atomically(folder / name, data)
+        files.write_atomically(folder / name, data)
     return folder
 
 
@@ -204,7 +204,7 @@ def _normalisation(cfg: dict[str, Any], tensors: dict[str, Tensor], folder: Path
     kind = cfg.get("normalize_activations") or "none"
     if kind is True or kind == "expected_average_only_in":
         scaler = folder / SCALER
-        scale = layouts.load_json(scaler).get("scaling_factor") if scaler.is_file() else None
+        scale = files.load_json(scaler).get("scaling_factor") if scaler.is_file() else None
         if scale is None:
             return 1.0, (
                 f"{folder} was trained on scaled activations (normalize_activations: {kind!r}), and no {SCALER} beside "

@@ -24,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from e2e_fast import checkpoint
+from e2e_fast import files
 from e2e_fast.formats import layouts, places
 from e2e_fast.formats.stored import StoredSAE
 
@@ -43,8 +43,8 @@ def read(path: Path) -> StoredSAE:
     folder = path.parent if path.is_file() else path
     if not (folder / SETTINGS).is_file():
         raise ValueError(f"{folder} must hold {SETTINGS} beside {WEIGHTS}: it says how many features are kept")
-    cfg = layouts.load_json(folder / SETTINGS)
-    tensors = checkpoint.load_tensors(folder / WEIGHTS)
+    cfg = files.load_json(folder / SETTINGS)
+    tensors = files.load_tensors(folder / WEIGHTS)
     for key in ("transcode", "skip_connection"):
         if cfg.get(key):
             raise ValueError(f"{folder} holds a transcoder ({key}: true): its output is not its input, so it is no SAE")
@@ -56,7 +56,7 @@ def read(path: Path) -> StoredSAE:
     run: dict[str, Any] = {}
     for above in (folder.parent, folder.parent.parent):  # seeds lie one folder deeper
         if not run and (above / "config.json").is_file():
-            run = layouts.load_json(above / "config.json")
+            run = files.load_json(above / "config.json")
     ours = layouts.part(cfg, places.OUR_KEY)
     model = ours.get("model") or run.get("model")
     module = folder.parent.name if folder.name.startswith("seed") else folder.name
@@ -80,8 +80,8 @@ def read(path: Path) -> StoredSAE:
 def write(sae: StoredSAE, folder: Path) -> Path:
     """Writes an SAE in this format, as `read` or `adapt` gave it; returns the folder."""
     tensors = dict(zip(_TENSORS, (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec), strict=True))
-    checkpoint.save_tensors(folder / WEIGHTS, tensors | sae.extra)
-    checkpoint.write_atomically(folder / SETTINGS, json.dumps(sae.metadata).encode())
+    files.save_tensors(folder / WEIGHTS, tensors | sae.extra)
+    files.write_atomically(folder / SETTINGS, json.dumps(sae.metadata).encode())
     return folder
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from e2e_fast import checkpoint
+from e2e_fast import checkpoint, files
 from e2e_fast.compare.comparison import default_names
 from e2e_fast.config import Config, load_config
 from e2e_fast.formats import layouts
@@ -128,7 +128,7 @@ def is_run(source: str | Path) -> bool:
     path, _ = layouts.split_name(source)
     settings = (path if path.is_dir() else path.parent) / checkpoint.CONFIG
     # A converted SAE may come with a file of that name that says where it sits and nothing of a training.
-    return settings.is_file() and "loss" in layouts.load_yaml(settings)
+    return settings.is_file() and "loss" in files.load_yaml(settings)
 
 
 def named_dictionaries(sources: Sequence[str | Path], names: Sequence[str] | None = None) -> dict[str, str]:
@@ -224,7 +224,7 @@ def evaluated(record: RunRecord, samples: int) -> RunRecord:
 def _weights(record: RunRecord) -> dict[str, Tensor]:
     """Under e2e_sae's keys, also where a fine-tune has written them back in another library's format."""
     if checkpoint.WEIGHTS.fullmatch(record.file.name):
-        return checkpoint.load_tensors(record.file)
+        return files.load_tensors(record.file)
     from e2e_fast import formats
     from e2e_fast.sae import to_e2e_sae
 
@@ -246,7 +246,7 @@ def _recorded(record: RunRecord) -> Evaluation | Missing:
 def _positions(file: Path) -> tuple[str, ...]:
     """Of the SAEs in a weight file of e2e_sae's or ours, from the first layer on; empty for another library's."""
     ending = ".decoder.weight"
-    found = [name.removesuffix(ending).replace("-", ".") for name in layouts.names(file) if name.endswith(ending)]
+    found = [name.removesuffix(ending).replace("-", ".") for name in files.tensor_names(file) if name.endswith(ending)]
     return tuple(sorted(found, key=lambda p: [int(part) if part.isdigit() else 0 for part in p.split(".")]))
 
 
