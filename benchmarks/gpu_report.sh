@@ -22,10 +22,11 @@
 #   training.jsonl  one record a way of training                training.md    the same as a table
 #   overhead.json   kinds of training by phase; four in one     sweep.jsonl    other block sizes
 set -uo pipefail
-out=$(mkdir -p "${1:?usage: gpu_report.sh OUT_DIR [PYTHON] [WHEELS]}" && cd "$1" && pwd)
+: "${1:?usage: gpu_report.sh OUT_DIR [PYTHON] [WHEELS]}"
+out=$(mkdir -p "$1" && cd "$1" && pwd) || exit 2
 python=${2:-python3}
-wheels=${3:+$(cd "$3" && pwd)}
-cd "$(dirname "$0")/.."
+wheels=${3:+$(cd "$3" && pwd)} || exit 2
+cd "$(dirname "$0")/.." || exit 2
 commit=${COMMIT:-$(git rev-parse HEAD 2> /dev/null || echo unknown)}
 left=${SECONDS_LEFT:-525}
 work=$(mktemp -d)

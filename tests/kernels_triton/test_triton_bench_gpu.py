@@ -170,6 +170,24 @@ def test_a_step_that_fails_stops_no_other(tmp_path):
     assert "| a kernel |" in (tmp_path / "out/report.md").read_text()
 
 
+def test_without_a_folder_to_write_into_nothing_is_removed_or_run(tmp_path):
+    removed = tmp_path / "removed"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/rm").write_text(f'#!/bin/bash\necho "$@" >> {removed}\n')
+    (tmp_path / "bin/rm").chmod(0o755)
+    (tmp_path / "file").touch()
+    wrong = {
+        (): "usage: gpu_report.sh",
+        (tmp_path / "file", "/bin/true"): "File exists",
+        (tmp_path / "out", "/bin/true", tmp_path / "no_wheels"): "No such file",
+    }
+    for arguments, reason in wrong.items():
+        done = report(*arguments, SECONDS_LEFT="0", LC_ALL="C", PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+        assert not removed.exists(), removed.read_text()
+        assert done.returncode != 0
+        assert reason in done.stderr
+
+
 def test_the_report_ends_within_nine_minutes_in_at_most_eight_files(tmp_path):
     left = re.search(r"SECONDS_LEFT:-(\d+)", SCRIPT.read_text())
     assert left is not None
