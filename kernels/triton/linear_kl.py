@@ -114,7 +114,8 @@ def padded_unembedding(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if copy is not None and version == weight._version:
         return copy
     if copy is None:
-        copy = weight.new_zeros(triton.cdiv(V, ALIGNMENT) * ALIGNMENT, D, dtype=dtype)
+        with torch.inference_mode(False):  # else it could not be filled anew outside of one
+            copy = weight.new_zeros(triton.cdiv(V, ALIGNMENT) * ALIGNMENT, D, dtype=dtype)
     copy[:V] = weight.detach()
     recording = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
     if known and not recording:  # what is recorded is not done yet

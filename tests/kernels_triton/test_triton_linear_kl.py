@@ -173,6 +173,15 @@ def test_padded_unembedding_is_kept_until_the_weight_changes():
     assert padded_unembedding(weight, torch.float32) is padded  # recorded CUDA graphs go on reading this address
 
 
+def test_padded_unembedding_of_an_evaluation_is_filled_anew_in_training():
+    weight = torch.randn(45, 8, device=DEVICE)
+    with torch.inference_mode():
+        padded = padded_unembedding(weight, torch.float32)
+    weight[0] = 7
+    assert padded_unembedding(weight, torch.float32) is padded
+    assert torch.equal(padded[:45], weight)
+
+
 def test_aligned_unembedding_is_not_copied():
     weight = torch.randn(128, 8, device=DEVICE)
     assert padded_unembedding(weight, torch.float32) is weight
