@@ -81,22 +81,27 @@ def exact(tensor: Tensor) -> Tensor:
 
 
 class Rounded:
-    """A frozen tensor as autocast would cast it, kept while it stays as it is: autocast keeps only what is trained."""
+    """A frozen tensor as autocast would cast it, kept while it stays as it is: autocast keeps only what is trained.
+
+    A change is seen by torch's version counter, and by another address. Writing through ``tensor.data`` raises no
+    counter. Copies and pickles keep nothing: another tensor's counter is another.
+    """
 
     def __init__(self) -> None:
-        self._of: Tensor | None = None
-        self._key: tuple[Any, ...] = ()
-        self._copy: Tensor | None = None
+        self._kept: tuple[Tensor, tuple[Any, ...], Tensor] | None = None  # one reference: threads see all of it or none
+
+    def __reduce__(self) -> tuple[type["Rounded"], tuple[()]]:
+        return Rounded, ()
 
     def __call__(self, tensor: Tensor) -> Tensor:
         dtype = reduced_dtype(tensor.device)
         # Inference tensors count no versions, and serve no graph later on.
         if dtype is None or tensor.is_inference() or torch.is_inference_mode_enabled():
             return lowered(tensor)[0]
-        key = tensor._version, tensor.device, dtype
-        if self._copy is None or self._of is not tensor or self._key != key:
-            self._of, self._key, self._copy = tensor, key, tensor.detach().to(dtype)
-        return self._copy
+        key, kept = (tensor._version, tensor.data_ptr(), tensor.device, dtype), self._kept
+        if kept is None or kept[0] is not tensor or kept[1] != key:
+            self._kept = kept = tensor, key, tensor.detach().to(dtype)
+        return kept[2]
 
 
 def as_given(device: torch.device) -> contextlib.AbstractContextManager[object]:

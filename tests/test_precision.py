@@ -1,5 +1,7 @@
 """The plumbing of reduced precision, on a CPU: what is bfloat16, what stays float32, and what is refused."""
 
+import copy
+import pickle
 from typing import Any
 
 import numpy as np
@@ -181,6 +183,19 @@ def test_frozen_weights_are_rounded_once_and_as_autocast_rounds_them(
     with torch.no_grad():
         for parameter in lm._modules.parameters():
             parameter /= 2  # the model's own
+
+
+def test_a_rounded_copy_is_that_of_the_tensor_as_it_is() -> None:
+    weight, rounded = torch.randn(4, 4).add_(1), Rounded()
+    with arithmetic("bf16", "cpu"):
+        assert rounded(weight) is rounded(weight)
+        weight.data = 2 * weight.data
+        assert torch.equal(rounded(weight), weight.bfloat16())
+        copied, other = copy.deepcopy((rounded, weight))
+        while other._version < weight._version:
+            other += 1
+        assert torch.equal(copied(other), other.bfloat16())
+        assert len(pickle.dumps(rounded)) < 100
 
 
 def test_settings_made_under_torchs_newer_names_come_back_too() -> None:
