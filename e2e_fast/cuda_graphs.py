@@ -208,9 +208,8 @@ class _MemberStep:
         with as_given(lm.device):
             scaled = result.loss / self._accumulation_steps
             gradients = torch.autograd.grad(scaled, self.parameters, allow_unused=True)
-        acts = [result.acts[position] for position in self._deciding]
-        counts = [(a.code.count if a.is_dense else a.code.needed()).max() for a in acts]
-        return _Outputs(step.without_graph(result), gradients, torch.stack(counts) if counts else None)
+        needed = [result.acts[position].code.needed().max() for position in self._deciding]
+        return _Outputs(step.without_graph(result), gradients, torch.stack(needed) if needed else None)
 
 
 def _decided(sae: SAE) -> Callable[[Tensor], SAEActs]:

@@ -117,7 +117,7 @@ def _exact(weights, threshold, bandwidth, normalize, density, norms) -> tuple[Te
     density.refresh()
     if density.sparse is None:
         with torch.no_grad():
-            density.observe(_probe(x[:PROBE_ROWS], W_enc, b_enc, threshold).cpu())
+            density.observe(_probe(x[:PROBE_ROWS], W_enc, b_enc, threshold, bandwidth).cpu())
     if density.sparse:
         # A CPU code grows to the fullest row; a GPU code has the room that was decided beforehand.
         slots = density.capacity if x.is_cuda else -1
@@ -127,15 +127,16 @@ def _exact(weights, threshold, bandwidth, normalize, density, norms) -> tuple[Te
             return x_hat, code
     x_hat, values, l0, band = autoencode_dense(*weights, normalize, threshold, bandwidth, norms)
     code = dense_code(values)
-    density.observe(code.count)
-    return x_hat, code if threshold is None else JumpCode(*code, l0, band)
+    code = code if threshold is None else JumpCode(*code, l0, band)
+    density.observe(code.needed())
+    return x_hat, code
 
 
-def _probe(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, threshold: Tensor | None) -> Tensor:
-    """Active features of a few rows."""
+def _probe(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, threshold: Tensor | None, bandwidth: float) -> Tensor:
+    """Slots that a few rows need."""
     if threshold is None:
         return torch.ops.e2e_fast.encode_relu(x, W_enc, b_enc, 0)[2]
-    return torch.ops.e2e_fast.encode_jump_relu(x, W_enc, b_enc, threshold, 0.0, 0)[2]
+    return torch.ops.e2e_fast.encode_jump_relu(x, W_enc, b_enc, threshold, bandwidth, 0)[2]
 
 
 def dense_code(values: Tensor) -> SparseCode:

@@ -54,7 +54,7 @@ class DensityController:
     """
 
     limit: int
-    """Active features of the fullest row up to which steps run sparse."""
+    """Slots that the fullest row may need for steps to run sparse."""
     sparse: bool | None
     """Whether the next step runs sparse; None while no step has been seen."""
     capacity: int
@@ -70,7 +70,7 @@ class DensityController:
         self._pending: tuple[Tensor, torch.cuda.Event] | None = None
 
     def observe(self, count: Tensor) -> None:
-        """Takes note of a step's active features per token, count (N,) on any device."""
+        """Takes note of the slots that a step's tokens need, count (N,) on any device."""
         if count.numel() == 0:
             return
         fullest = count.max()

@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from e2e_fast import kernels
 from e2e_fast.kernels import DensityController, reference
+from e2e_fast.kernels.autoencode import PROBE_ROWS
+from e2e_fast.kernels.density import REENTRY
 
 N, D, F = 37, 24, 640
 
@@ -213,6 +215,18 @@ def test_a_jump_code_needs_slots_for_its_band_too(route):
     density = DensityController(F)
     kernels.autoencode(*arguments[:5], threshold=threshold, bandwidth=0.3, density=density)
     assert density.capacity >= int(needed.max())
+
+
+def test_steps_whose_bands_need_more_slots_than_the_limit_stay_dense(route):
+    arguments = [*parameters(), torch.full((F,), 2.5)]
+    x, W_enc, b_enc, *_, threshold = arguments
+    code = kernels.encode_jump_relu(x, W_enc, b_enc, threshold, bandwidth=2.0)
+    density = DensityController(limit=int(code.needed()[:PROBE_ROWS].max()) - 1)
+    assert int(code.count.max()) <= REENTRY * density.limit  # of active features alone there would be room
+    for _ in range(3):
+        _, code = kernels.autoencode(*arguments[:5], threshold=threshold, bandwidth=2.0, density=density)
+        assert density.sparse is False
+        assert code.values.shape[1] == F
 
 
 def test_controller_is_fed_by_every_step(route):
