@@ -102,7 +102,8 @@ class DensityController:
         if MARGIN * fullest > self.capacity:
             self.capacity = self._room(fullest)
         elif self._calm >= CALM:
-            self.capacity, self._calm = max(1, self.capacity // 2), 0
+            # The power of two below it.
+            self.capacity, self._calm = max(1, (1 << (self.capacity - 1).bit_length()) // 2), 0
 
     def _room(self, fullest: int) -> int:
         return min(self.limit, 1 << max(0, math.ceil(MARGIN * fullest) - 1).bit_length())

@@ -201,6 +201,11 @@ def test_controller_leaves_room_and_takes_it_back_slowly():
     assert density.capacity == 1
     density.observe(torch.tensor([1]))
     assert density.capacity == 2
+    density = DensityController(limit=2880)
+    density.sparse = True
+    for _ in range(16):
+        density.observe(torch.tensor([500]))
+    assert density.capacity == 2048
 
 
 def test_a_jump_code_needs_slots_for_its_band_too(route):
