@@ -96,7 +96,7 @@ def jump_gradients(x_hat: Tensor, l0: Tensor, x: Tensor, parameters: list[Tensor
 
 def dense_jump(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
     W_enc, b_enc, W_dec, b_dec, threshold = parameters
-    code, active = DenseJump.apply(nnf.linear(x, W_enc, b_enc), threshold)  # type: ignore[misc]
+    code, active = DenseJump.apply(nnf.linear(x, W_enc, b_enc), threshold)
     x_hat = code @ nnf.normalize(W_dec, dim=-1) + b_dec
     return jump_gradients(x_hat, active.sum(-1), x, list(parameters))
 

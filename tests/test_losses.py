@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as nnf
 import transformers
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from watch import Watch
 
 from e2e_fast import SAE, load_lm, losses
 from e2e_fast.kernels import SparseCode
@@ -164,26 +163,13 @@ def test_a_feature_is_alive_when_it_fired_in_the_window(setting: Any) -> None:
     assert frequency.metrics()[f"sparsity/alive_dict_elements/{AT}"] == float(((c > 0).sum(0) > 0).sum())
 
 
-class Additions(TorchDispatchMode):
-    """Where each `scatter_add_` adds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.places: list[Tensor] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.scatter_add_.default:
-            self.places.append(args[2])
-        return func(*args, **(kwargs or {}))
-
-
 def test_unused_slots_are_not_all_counted_in_one_place() -> None:
     """A GPU's atomic additions to one address wait for one another: at an L0 of 64 in 2,880 slots, 97 % of them."""
     rows, slots = 8, 6
     values, indices = torch.zeros(rows, slots), torch.zeros(rows, slots, dtype=torch.int32)
     values[:, 0], indices[:, 0] = 1.0, torch.arange(rows, dtype=torch.int32)
     x, frequency = torch.zeros(rows, 4), ActFrequency(n_tokens=rows)
-    with Additions() as additions:
+    with Watch() as watch:
         frequency.update({AT: SAEActs(x, x, SparseCode(values, indices, torch.ones(rows, dtype=torch.int32)), 16)})
     assert frequency.counts[AT].tolist() == [1] * rows + [0] * 8
-    assert [int(place.bincount().max()) for place in additions.places] == [rows + 1]
+    assert [int(place.bincount().max()) for _, _, place, *_ in watch.calls["aten::scatter_add_"]] == [rows + 1]

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from watch import Watch
 
 import e2e_fast
 from e2e_fast import losses
@@ -134,19 +134,6 @@ def test_the_processs_own_setting_comes_back() -> None:
         torch.set_float32_matmul_precision(before)
 
 
-class Casts(TorchDispatchMode):
-    """Which tensors are cast."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Tensor] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._to_copy.default:
-            self.seen.append(args[0])
-        return func(*args, **(kwargs or {}))
-
-
 def test_frozen_weights_are_rounded_once_and_as_autocast_rounds_them(
     model: Any, tokens: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,10 +163,10 @@ def test_frozen_weights_are_rounded_once_and_as_autocast_rounds_them(
         for ours, expected in zip(run(), by_autocast(), strict=True):
             assert torch.equal(ours, expected)
     weights = {p.data_ptr() for p in lm._modules.parameters()}
-    with Casts() as casts:
+    with Watch() as watch:
         run()
-    assert casts.seen
-    assert not [t.shape for t in casts.seen if t.data_ptr() in weights]
+    cast = [arguments[0] for arguments in watch.calls["aten::_to_copy"]]
+    assert not [t.shape for t in cast if t.data_ptr() in weights]
     with torch.no_grad():
         for parameter in lm._modules.parameters():
             parameter /= 2  # the model's own

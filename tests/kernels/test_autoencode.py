@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from tolerance import assert_as_accurate
-from torch.utils._python_dispatch import TorchDispatchMode
+from watch import Watch
 
 from e2e_fast import kernels
 from e2e_fast.kernels import DensityController, reference
@@ -368,25 +368,13 @@ def test_results_have_the_same_bits_for_one_and_two_threads(level):
             assert torch.equal(a, b)
 
 
-class Watch(TorchDispatchMode):
-    """The names of the operators that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(func.name())
-        return func(*args, **kwargs or {})
-
-
 @pytest.mark.parametrize("way", ["topk", "relu with capacity", "relu, sparse by itself"])
 def test_a_watched_call_runs_the_operator_and_gives_the_same_bits(route, way):
     options, bias = WAYS[way]
     arguments = parameters(bias=bias)
     with Watch() as watch:
         watched = run(kernels, arguments, torch.float32, **options)
-    assert {"e2e_fast::autoencode", "e2e_fast::code_backward"} <= watch.names
+    assert {"e2e_fast::autoencode", "e2e_fast::code_backward"} <= watch.calls.keys()
     for what, ours, theirs in zip(NAMES, run(kernels, arguments, torch.float32, **options), watched, strict=False):
         assert torch.equal(ours, theirs), what
 
@@ -397,5 +385,5 @@ def test_a_second_derivative_is_refused(route, way):
     leaves = [t.requires_grad_() for t in parameters(bias=bias)]
     x_hat, _ = kernels.autoencode(*leaves, **options)
     (first,) = torch.autograd.grad(x_hat.square().sum(), leaves[3], create_graph=True)
-    with pytest.raises((RuntimeError, NotImplementedError), match="twice|autograd formula|derivative|does not require"):
+    with pytest.raises(RuntimeError, match="differentiate twice|no autograd formula was registered"):
         first.sum().backward()

@@ -143,22 +143,27 @@ def steps(folder: Path) -> dict[str, int]:
     return {row[1].strip(): int(row[2]) for row in rows if row[2].strip().isdigit() and len(row) == 5}
 
 
-def test_a_step_that_fails_stops_no_other(tmp_path):
-    python = tmp_path / "python"
+def stand_in(folder: Path, kernels: str, training: str) -> Path:
+    """A program in Python's place that only does, step by step, what it is told."""
+    python = folder / "python"
     python.write_text(
-        """#!/bin/bash
-        out=%s
+        f"""#!/bin/bash
+        out={folder / "out"}
         case "$*" in
-            *nvidia-smi*) echo "fla missing"; echo "commit ${@: -1}" ;;
-            *--sweep*) echo '{}' > $out/sweep.jsonl ;;
-            *bench_kernels_gpu*) echo "| a kernel |" > $out/kernels.md; exit 3 ;;
+            *nvidia-smi*) echo "fla missing"; echo "commit ${{@: -1}}" ;;
+            *--sweep*) echo '{{}}' > $out/sweep.jsonl ;;
+            *bench_kernels_gpu*) {kernels} ;;
             *pytest*kernels_triton*) echo "12 passed" ;;
-            *bench_training_gpu*) echo "no module"; exit 1 ;;
+            *bench_training_gpu*) {training} ;;
         esac
         """
-        % (tmp_path / "out")
     )
     python.chmod(0o755)
+    return python
+
+
+def test_a_step_that_fails_stops_no_other(tmp_path):
+    python = stand_in(tmp_path, 'echo "| a kernel |" > $out/kernels.md; exit 3', 'echo "no module"; exit 1')
     done = report(tmp_path / "out", python, COMMIT="abcdef")
     assert done.returncode == 3, done.stderr
     expected = {"machine": 0, "kernels": 3, "tests": 0, "training": 1, "graphs": 0, "sweep": 0}
@@ -192,20 +197,11 @@ def test_the_report_ends_within_nine_minutes_in_at_most_eight_files(tmp_path):
     left = re.search(r"SECONDS_LEFT:-(\d+)", SCRIPT.read_text())
     assert left is not None
     assert int(left[1]) + 5 < 9 * 60  # the last step may take five seconds to end
-    python = tmp_path / "python"
-    python.write_text(
-        """#!/bin/bash
-        out=%s
-        case "$*" in
-            *nvidia-smi*) echo "fla missing" ;;
-            *--sweep*) echo '{}' > $out/sweep.jsonl ;;
-            *bench_kernels_gpu*) touch $out/kernels.jsonl $out/kernels.md; exec sleep 60 ;;
-            *bench_training_gpu*) touch $out/training.jsonl $out/training.md $out/overhead.json ;;
-        esac
-        """
-        % (tmp_path / "out")
+    python = stand_in(
+        tmp_path,
+        "touch $out/kernels.jsonl $out/kernels.md; exec sleep 60",
+        "touch $out/training.jsonl $out/training.md $out/overhead.json",
     )
-    python.chmod(0o755)
     begun = time.monotonic()
     done = report(tmp_path / "out", python, SECONDS_LEFT="3")
     assert time.monotonic() - begun < 15
